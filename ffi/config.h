@@ -1,0 +1,48 @@
+// Config: one compiled CUDA kernel. configs.inc is the only list of them; everything else looks it
+// up here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "problem.h"
+
+namespace w4a16 {
+
+enum class Family {
+  kDecode,   // cuda/decode.cuh: mma.sync, every GPU from sm_80, any problem
+  kWgmma,    // cuda/gemm_wgmma.cuh: packed weights as wgmma's register operand, sm_90a
+  kCutlass,  // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a
+};
+
+enum class Schedule { kNone, kCooperative, kPingpong };
+enum class Scheduler { kDataParallel, kStreamK };
+
+// Tiles are (N, M) = (weight rows, tokens): every kernel computes the transposed product w^T x^T.
+struct Config {
+  const char* name;
+  Family family;
+  int tile_n;
+  int tile_m;
+  int warps = 0;      // decode: warps that share a tile's K
+  int stages = 0;     // depth of the pipeline (0: chosen by CUTLASS)
+  int split_k = 1;    // CTAs (a cluster) that share a tile's K, summed in fixed order
+  int cluster_n = 1;  // CTAs along N and M that share loads by multicast
+  int cluster_m = 1;
+  Schedule schedule = Schedule::kNone;
+  Scheduler scheduler = Scheduler::kDataParallel;
+};
+
+// All compiled configurations, in the order of configs.inc.
+int NumConfigs();
+const Config& ConfigAt(int index);
+const Config* FindConfig(std::string_view name);  // nullptr if unknown
+
+// OK if `config` can serve `problem` (which has passed CheckProblem) on `device`; else why not.
+Status CanImplement(const Problem& problem, const Device& device, const Config& config);
+
+// Bytes of workspace that `config` needs for `problem`.
+int64_t WorkspaceBytes(const Problem& problem, const Device& device, const Config& config);
+
+}  // namespace w4a16

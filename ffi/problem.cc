@@ -1,0 +1,72 @@
+#include "problem.h"
+
+namespace w4a16 {
+namespace {
+
+// Keeps every element count and byte count below 2^62.
+constexpr int64_t kMaxExtent = int64_t{1} << 30;
+
+std::string Got(const char* name, int64_t value) {
+  return std::string(name) + " = " + std::to_string(value);
+}
+
+Status CheckExtent(const char* name, int64_t value) {
+  if (value >= 0 && value <= kMaxExtent) return {};
+  return Status::Invalid(Got(name, value) + ": expected 0.." + std::to_string(kMaxExtent));
+}
+
+Status CheckPointer(const char* name, const void* pointer, int64_t elements) {
+  if (elements == 0) return {};
+  if (pointer == nullptr)
+    return Status::Invalid(std::string(name) + ": expected a pointer, got null");
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 == 0) return {};
+  return Status::Invalid(std::string(name) + ": expected an address aligned to 16 bytes");
+}
+
+}  // namespace
+
+Status CheckProblem(const Problem& p) {
+  for (auto [name, value] : {std::pair{"M", p.m}, std::pair{"N", p.n}, std::pair{"K", p.k}}) {
+    if (Status s = CheckExtent(name, value); !s.ok()) return s;
+  }
+  if (p.x_dtype < W4A16_F16 || p.x_dtype > W4A16_F32)
+    return Status::Invalid(Got("x_dtype", p.x_dtype) + ": unknown type");
+  if (p.out_dtype != p.x_dtype && p.out_dtype != W4A16_F32)
+    return Status::Invalid(Got("out_dtype", p.out_dtype) + ": expected x's type or float32");
+  // Kernels fetch scales per 32 codes; other sizes would cut a fragment.
+  if (p.group_size < p.k && (p.group_size < 32 || p.group_size % 32 != 0))
+    return Status::Invalid(Got("group_size", p.group_size) +
+                           ": expected a multiple of 32, or at least K = " + std::to_string(p.k));
+  return {};
+}
+
+Status CheckOperands(const Problem& p, const Operands& o) {
+  const int64_t groups = NumGroups(p);
+  const int64_t weights = BlocksK(p.k) * BlocksN(p.n);
+  struct Row {
+    const char* name;
+    const void* pointer;
+    int64_t elements;
+  };
+  const Row rows[] = {
+      {"x", o.x, p.m * p.k},
+      {"qweight", o.qweight, p.m * weights},
+      {"scales", o.scales, p.m * groups * p.n},
+      {"zeros", o.zeros, p.has_zeros ? p.m * groups * p.n : 0},
+      {"bias", o.bias, p.has_bias ? p.m * p.n : 0},
+      {"out", o.out, p.m * p.n},
+      {"workspace", o.workspace, o.workspace_bytes},
+  };
+  for (const Row& row : rows) {
+    if (Status s = CheckPointer(row.name, row.pointer, row.elements); !s.ok()) return s;
+  }
+  if (!p.has_zeros && o.zeros != nullptr)
+    return Status::Invalid("zeros: expected null, because the problem has none");
+  if (!p.has_bias && o.bias != nullptr)
+    return Status::Invalid("bias: expected null, because the problem has none");
+  if (o.workspace_bytes < 0)
+    return Status::Invalid(Got("workspace_bytes", o.workspace_bytes) + ": expected at least 0");
+  return {};
+}
+
+}  // namespace w4a16

@@ -1,0 +1,31 @@
+// One matrix multiplication, as the library sees it: the static problem and its operands.
+#pragma once
+
+#include "layout.h"
+#include "status.h"
+#include "w4a16.h"
+
+namespace w4a16 {
+
+using DType = w4a16_dtype;
+using Problem = w4a16_problem;
+using Operands = w4a16_operands;
+using Device = w4a16_device;
+
+constexpr int DTypeBytes(DType t) { return t == W4A16_F32 ? 4 : 2; }
+constexpr const char* DTypeName(DType t) {
+  return t == W4A16_F16 ? "float16" : t == W4A16_BF16 ? "bfloat16" : "float32";
+}
+
+constexpr int64_t NumGroups(int64_t k, int64_t group_size) {
+  return group_size >= k ? (k > 0 ? 1 : 0) : CeilDiv(k, group_size);
+}
+constexpr int64_t NumGroups(const Problem& p) { return NumGroups(p.k, p.group_size); }
+
+// Sizes that no kernel's index arithmetic can overflow, known types, a usable group size.
+Status CheckProblem(const Problem& p);
+
+// Pointers present and aligned to 16 bytes. `p` has passed CheckProblem.
+Status CheckOperands(const Problem& p, const Operands& o);
+
+}  // namespace w4a16

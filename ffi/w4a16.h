@@ -1,0 +1,152 @@
+/* Public C interface of libw4a16: 4-bit-weight, 16-bit-activation matrix multiplication.
+ *
+ *   out[M, N] = alpha * x[M, K] . w[K, N] + bias[N],   w[k, n] = (code[k, n] - zero[k/g, n]) *
+ * scale[k/g, n]
+ *
+ * x, scales, zeros, bias are of one type (x_dtype); accumulation is float32. All arrays are dense
+ * and row-major. The weight is packed (layout.h): uint32[ceil(K/64)][ceil(N/16)][128]. scales and
+ * zeros are [ceil(K/group_size), N]. zeros may be NULL: every zero point is then 8. bias may be
+ * NULL.
+ *
+ * Functions named *_cuda take device pointers and a cudaStream_t (as void*) and only enqueue work:
+ * they neither allocate nor synchronise. Functions named *_cpu take host pointers and return when
+ * done. Every pointer must be aligned to 16 bytes, or the call is refused. No function throws or
+ * exits.
+ */
+#ifndef W4A16_H_
+#define W4A16_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define W4A16_API __attribute__((visibility("default")))
+#else
+#define W4A16_API
+#endif
+
+typedef enum {
+  W4A16_OK = 0,
+  W4A16_INVALID_ARGUMENT =
+      1,                 /* the caller's mistake; the message names operand, expected and got */
+  W4A16_UNSUPPORTED = 2, /* a valid call that this build or device cannot serve */
+  W4A16_INTERNAL = 3,    /* CUDA or the system reported an error */
+} w4a16_status_code;
+
+/* A result. `message` is empty when ok, and always null-terminated. */
+typedef struct {
+  w4a16_status_code code;
+  char message[508];
+} w4a16_status;
+
+typedef enum {
+  W4A16_F16 = 0,
+  W4A16_BF16 = 1,
+  W4A16_F32 = 2, /* as x_dtype: CPU only */
+} w4a16_dtype;
+
+/* The static part of a call. */
+typedef struct {
+  int64_t m, n, k;
+  int64_t group_size;    /* codes of K that share a scale; >= K means one scale per column */
+  w4a16_dtype x_dtype;   /* type of x, scales, zeros and bias */
+  w4a16_dtype out_dtype; /* x_dtype or W4A16_F32 */
+  int32_t has_zeros;
+  int32_t has_bias;
+} w4a16_problem;
+
+/* The arrays of a call. */
+typedef struct {
+  const void* x;
+  const uint32_t* qweight;
+  const void* scales;
+  const void* zeros; /* NULL unless has_zeros */
+  const void* bias;  /* NULL unless has_bias */
+  void* out;
+  void* workspace; /* w4a16_workspace_bytes() bytes; contents do not matter */
+  int64_t workspace_bytes;
+  float alpha;
+} w4a16_operands;
+
+/* What the choice of a kernel depends on. */
+typedef struct {
+  int32_t compute_capability; /* 10 * major + minor: 90 is Hopper */
+  int32_t num_sms;
+} w4a16_device;
+
+/* Library version, as "1.2.3". */
+W4A16_API const char* w4a16_version(void);
+
+/* 1 if the library was built with CUDA kernels, else 0. */
+W4A16_API int w4a16_has_cuda(void);
+
+/* Number of compiled CUDA configurations, and the name of the i-th (NULL outside 0..count-1). */
+W4A16_API int w4a16_config_count(void);
+W4A16_API const char* w4a16_config_name(int index);
+
+/* Describes the current CUDA device. */
+W4A16_API w4a16_status w4a16_current_device(w4a16_device* device);
+
+/* Chooses a configuration; a pure host function. `*config` receives a static string. Only
+ * configurations that need at most `workspace_limit_bytes` are considered (-1: no limit). */
+W4A16_API w4a16_status w4a16_select(const w4a16_problem* problem, const w4a16_device* device,
+                                    int64_t workspace_limit_bytes, const char** config);
+
+/* OK if `config` can serve `problem` on `device`; else a status that says why not. */
+W4A16_API w4a16_status w4a16_can_implement(const w4a16_problem* problem, const w4a16_device* device,
+                                           const char* config);
+
+/* Workspace that `config` needs for `problem` on `device`. */
+W4A16_API w4a16_status w4a16_workspace_bytes(const w4a16_problem* problem,
+                                             const w4a16_device* device, const char* config,
+                                             int64_t* bytes);
+
+/* The product. config NULL or "auto": w4a16_select() within the given workspace. */
+W4A16_API w4a16_status w4a16_run_cuda(const w4a16_problem* problem, const w4a16_operands* operands,
+                                      const char* config, void* stream);
+/* num_threads 0: as many as the machine has. */
+W4A16_API w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_operands* operands,
+                                     int num_threads);
+
+/* codes uint8[K, N] (0..15; higher bits are ignored) -> qweight. */
+W4A16_API w4a16_status w4a16_pack_cuda(const uint8_t* codes, int64_t k, int64_t n,
+                                       uint32_t* qweight, void* stream);
+W4A16_API w4a16_status w4a16_pack_cpu(const uint8_t* codes, int64_t k, int64_t n, uint32_t* qweight,
+                                      int num_threads);
+
+/* qweight, scales, zeros (or NULL) -> w[K, N]; value = (code - zero) * scale in float32, rounded
+ * once. */
+W4A16_API w4a16_status w4a16_dequantize_cuda(const uint32_t* qweight, const void* scales,
+                                             const void* zeros, w4a16_dtype scale_dtype, int64_t k,
+                                             int64_t n, int64_t group_size, w4a16_dtype out_dtype,
+                                             void* out, void* stream);
+W4A16_API w4a16_status w4a16_dequantize_cpu(const uint32_t* qweight, const void* scales,
+                                            const void* zeros, w4a16_dtype scale_dtype, int64_t k,
+                                            int64_t n, int64_t group_size, w4a16_dtype out_dtype,
+                                            void* out, int num_threads);
+
+/* w[K, N] -> qweight, scales, zeros; round to nearest. zeros NULL: symmetric (quantize.h has the
+ * rule). */
+W4A16_API w4a16_status w4a16_quantize_cuda(const void* w, w4a16_dtype w_dtype, int64_t k, int64_t n,
+                                           int64_t group_size, w4a16_dtype scale_dtype,
+                                           uint32_t* qweight, void* scales, void* zeros,
+                                           void* stream);
+W4A16_API w4a16_status w4a16_quantize_cpu(const void* w, w4a16_dtype w_dtype, int64_t k, int64_t n,
+                                          int64_t group_size, w4a16_dtype scale_dtype,
+                                          uint32_t* qweight, void* scales, void* zeros,
+                                          int num_threads);
+
+/* Reads `bytes` bytes (a multiple of 16) once, as fast as the device can, and writes 4 bytes to
+ * `sink`: the floor that a decode kernel is measured against. */
+W4A16_API w4a16_status w4a16_read_floor_cuda(const void* data, int64_t bytes, void* sink,
+                                             void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* W4A16_H_ */
