@@ -42,6 +42,18 @@ Status Refuse(const Config& config, const std::string& why) {
 
 }  // namespace
 
+const char* FamilyName(Family family) {
+  switch (family) {
+    case Family::kDecode:
+      return "decode";
+    case Family::kWgmma:
+      return "wgmma";
+    case Family::kCutlass:
+      return "cutlass";
+  }
+  return "unknown";
+}
+
 int NumConfigs() { return static_cast<int>(std::size(kConfigs)); }
 
 const Config& ConfigAt(int index) { return kConfigs[index]; }

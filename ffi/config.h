@@ -16,7 +16,11 @@ enum class Family {
   kCutlass,  // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a
 };
 
+const char* FamilyName(Family family);
+
 enum class Schedule { kNone, kCooperative, kPingpong };
+const char* FamilyName(Family family);
+
 enum class Scheduler { kDataParallel, kStreamK };
 
 // Tiles are (N, M) = (weight rows, tokens): every kernel computes the transposed product w^T x^T.

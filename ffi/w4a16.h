@@ -31,10 +31,9 @@ extern "C" {
 
 typedef enum {
   W4A16_OK = 0,
-  W4A16_INVALID_ARGUMENT =
-      1,                 /* the caller's mistake; the message names operand, expected and got */
-  W4A16_UNSUPPORTED = 2, /* a valid call that this build or device cannot serve */
-  W4A16_INTERNAL = 3,    /* CUDA or the system reported an error */
+  W4A16_INVALID_ARGUMENT = 1, /* the caller's mistake; the message says what was expected */
+  W4A16_UNSUPPORTED = 2,      /* a valid call that this build or device cannot serve */
+  W4A16_INTERNAL = 3,         /* CUDA or the system reported an error */
 } w4a16_status_code;
 
 /* A result. `message` is empty when ok, and always null-terminated. */
@@ -78,11 +77,26 @@ typedef struct {
   int32_t num_sms;
 } w4a16_device;
 
+/* Where CPU functions run their tasks. parallel_for calls task(arg, 0) ... task(arg, num_tasks -
+ * 1), in any order and on any threads, and returns when all have returned. A NULL executor: threads
+ * of the library's own, as many as the machine has. Results do not depend on it. */
+typedef struct {
+  void* context;
+  int num_threads;
+  void (*parallel_for)(void* context, int64_t num_tasks, void (*task)(void* arg, int64_t index),
+                       void* arg);
+} w4a16_executor;
+
 /* Library version, as "1.2.3". */
 W4A16_API const char* w4a16_version(void);
 
 /* 1 if the library was built with CUDA kernels, else 0. */
 W4A16_API int w4a16_has_cuda(void);
+
+/* The CUDA architectures compiled in, as "80;90a" ("" without CUDA), and the instruction set that
+ * the CPU kernels use on this machine: "avx512", "avx2" or "portable". */
+W4A16_API const char* w4a16_cuda_architectures(void);
+W4A16_API const char* w4a16_cpu_instruction_set(void);
 
 /* Number of compiled CUDA configurations, and the name of the i-th (NULL outside 0..count-1). */
 W4A16_API int w4a16_config_count(void);
@@ -108,15 +122,14 @@ W4A16_API w4a16_status w4a16_workspace_bytes(const w4a16_problem* problem,
 /* The product. config NULL or "auto": w4a16_select() within the given workspace. */
 W4A16_API w4a16_status w4a16_run_cuda(const w4a16_problem* problem, const w4a16_operands* operands,
                                       const char* config, void* stream);
-/* num_threads 0: as many as the machine has. */
 W4A16_API w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_operands* operands,
-                                     int num_threads);
+                                     const w4a16_executor* executor);
 
 /* codes uint8[K, N] (0..15; higher bits are ignored) -> qweight. */
 W4A16_API w4a16_status w4a16_pack_cuda(const uint8_t* codes, int64_t k, int64_t n,
                                        uint32_t* qweight, void* stream);
 W4A16_API w4a16_status w4a16_pack_cpu(const uint8_t* codes, int64_t k, int64_t n, uint32_t* qweight,
-                                      int num_threads);
+                                      const w4a16_executor* executor);
 
 /* qweight, scales, zeros (or NULL) -> w[K, N]; value = (code - zero) * scale in float32, rounded
  * once. */
@@ -127,7 +140,7 @@ W4A16_API w4a16_status w4a16_dequantize_cuda(const uint32_t* qweight, const void
 W4A16_API w4a16_status w4a16_dequantize_cpu(const uint32_t* qweight, const void* scales,
                                             const void* zeros, w4a16_dtype scale_dtype, int64_t k,
                                             int64_t n, int64_t group_size, w4a16_dtype out_dtype,
-                                            void* out, int num_threads);
+                                            void* out, const w4a16_executor* executor);
 
 /* w[K, N] -> qweight, scales, zeros; round to nearest. zeros NULL: symmetric (quantize.h has the
  * rule). */
@@ -138,7 +151,7 @@ W4A16_API w4a16_status w4a16_quantize_cuda(const void* w, w4a16_dtype w_dtype, i
 W4A16_API w4a16_status w4a16_quantize_cpu(const void* w, w4a16_dtype w_dtype, int64_t k, int64_t n,
                                           int64_t group_size, w4a16_dtype scale_dtype,
                                           uint32_t* qweight, void* scales, void* zeros,
-                                          int num_threads);
+                                          const w4a16_executor* executor);
 
 /* Reads `bytes` bytes (a multiple of 16) once, as fast as the device can, and writes 4 bytes to
  * `sink`: the floor that a decode kernel is measured against. */
