@@ -1,0 +1,121 @@
+"""The list of configurations and the chooser: pure host code, so they are tested without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from jax_w4a16 import _w4a16
+
+HOPPER = {"compute_capability": 90, "num_sms": 132}
+SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672), (576, 2112)]
+
+
+def problem(m, n, k, *, group_size=128, x_dtype="bfloat16", out_dtype=None, has_zeros=False, has_bias=False):
+    return {
+        "m": m,
+        "n": n,
+        "k": k,
+        "group_size": group_size,
+        "x_dtype": x_dtype,
+        "out_dtype": out_dtype or x_dtype,
+        "has_zeros": has_zeros,
+        "has_bias": has_bias,
+    }
+
+
+def test_names_are_unique():
+    names = [c["name"] for c in _w4a16.configs()]
+    assert len(names) == len(set(names)) > 0
+    assert _w4a16.build_info()["configs"] == names
+
+
+def test_cutlass_configs_span_tiles_clusters_and_schedules():
+    cutlass = [c for c in _w4a16.configs() if c["family"] == "cutlass"]
+    assert len(cutlass) >= 12
+    assert {64, 128, 256} <= {c["tile_n"] for c in cutlass}
+    assert {16, 256} <= {c["tile_m"] for c in cutlass}
+    assert {(1, 1), (2, 1), (1, 2), (2, 2)} <= {(c["cluster_n"], c["cluster_m"]) for c in cutlass}
+    for word in ("Cooperative", "Pingpong", "StreamK", "DataParallel"):
+        assert any(word in c["name"] for c in cutlass), word
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_select_accepts_every_m(n, k):
+    for m in [0, 1, 2, 7, 8, 16, 17, 32, 63, 64, 100, 128, 256, 500, 1024, 4096, 8192]:
+        config, workspace = _w4a16.select(**problem(m, n, k), **HOPPER)
+        assert _w4a16.can_implement(config, **problem(m, n, k), **HOPPER) is None
+        assert workspace == _w4a16.workspace_bytes(config, **problem(m, n, k), **HOPPER)
+
+
+def test_select_serves_every_variant():
+    for m, n, k, group, dtype, f32, zeros, bias in itertools.product(
+        (1, 33, 300), (8, 100, 256), (8, 100, 192), (32, 64, 10**6), ("float16", "bfloat16"), (0, 1), (0, 1), (0, 1)
+    ):
+        args = problem(
+            m,
+            n,
+            k,
+            group_size=group,
+            x_dtype=dtype,
+            out_dtype="float32" if f32 else dtype,
+            has_zeros=bool(zeros),
+            has_bias=bool(bias),
+        )
+        config, _ = _w4a16.select(**args, **HOPPER)
+        assert _w4a16.can_implement(config, **args, **HOPPER) is None
+
+
+def test_small_m_decodes_and_large_m_uses_wgmma():
+    family = {c["name"]: c["family"] for c in _w4a16.configs()}
+    small, _ = _w4a16.select(**problem(1, 4096, 4096), **HOPPER)
+    large, _ = _w4a16.select(**problem(4096, 4096, 4096), **HOPPER)
+    assert family[small] == "decode"
+    assert family[large] in ("wgmma", "cutlass")
+
+
+def test_without_workspace_nothing_that_needs_one():
+    for m in (1, 64, 512, 4096):
+        _, workspace = _w4a16.select(**problem(m, 8192, 8192), **HOPPER, workspace_limit=0)
+        assert workspace == 0
+
+
+def test_other_gpus_get_the_portable_kernel():
+    family = {c["name"]: c["family"] for c in _w4a16.configs()}
+    for capability in (80, 86, 89, 120):
+        for m in (1, 64, 4096):
+            config, _ = _w4a16.select(**problem(m, 4096, 4096), compute_capability=capability, num_sms=100)
+            assert family[config] == "decode"
+
+
+def test_old_gpu_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"needs compute capability 8\.0"):
+        _w4a16.select(**problem(1, 4096, 4096), compute_capability=75, num_sms=40)
+
+
+def test_float32_activations_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match="float32"):
+        _w4a16.select(**problem(1, 64, 64, x_dtype="float32"), **HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"m": -1}, "M = -1"),
+        ({"n": 2**40}, "N = "),
+        ({"k": -5}, "K = -5"),
+        ({"group_size": 48}, "group_size = 48"),
+        ({"group_size": 0}, "group_size = 0"),
+        ({"x_dtype": "int8"}, "dtype"),
+        ({"x_dtype": "bfloat16", "out_dtype": "float16"}, "out_dtype"),
+    ],
+)
+def test_bad_problem(change, match):
+    with pytest.raises(ValueError, match=match):
+        _w4a16.select(**{**problem(1, 64, 64), **change}, **HOPPER)
+
+
+def test_unknown_config():
+    with pytest.raises(ValueError, match="no_such"):
+        _w4a16.workspace_bytes("no_such", **problem(1, 64, 64), **HOPPER)

@@ -1,0 +1,248 @@
+"""Malformed FFI calls: the handlers check everything again, since a module may be hand-written.
+
+Every case is one wrong thing in an otherwise good call. It must raise with a message that names the operand, and
+the good call right after it must give the right result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_w4a16
+
+K, N, M, G = 256, 48, 3, 128
+I64 = np.int64
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An FFI call: operands, results and attributes by name."""
+
+    target: str
+    operands: dict[str, Any]
+    results: dict[str, jax.ShapeDtypeStruct]
+    attributes: dict[str, Any]
+
+    def run(self):
+        operands = {k: v for k, v in self.operands.items() if v is not None}
+        results = tuple(v for v in self.results.values() if v is not None)
+
+        def call(*args):
+            return jax.ffi.ffi_call(self.target, results)(*args, **self.attributes)
+
+        return jax.block_until_ready(jax.jit(call)(*operands.values()))
+
+    def replace(self, part: str, **changes) -> Call:
+        return dataclasses.replace(self, **{part: {**getattr(self, part), **changes}})
+
+
+def array(shape, dtype=jnp.bfloat16, value=1):
+    return np.full(shape, value, dtype)
+
+
+def struct(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+QWEIGHT = (K // 64, N // 16, 128)
+
+DOT = Call(
+    "w4a16_dot",
+    {
+        "x": array((M, K)),
+        "qweight": array(QWEIGHT, jnp.uint32, 0x99999999),
+        "scales": array((K // G, N)),
+        "zeros": array((K // G, N), value=7),
+        "bias": array((N,)),
+    },
+    {"out": struct((M, N))},
+    {"group_size": I64(G), "alpha": np.float32(1), "has_zeros": True, "has_bias": True, "config": "auto"},
+)
+PACK = Call("w4a16_pack", {"codes": array((K, N), jnp.uint8, 9)}, {"qweight": struct(QWEIGHT, jnp.uint32)}, {})
+DEQUANTIZE = Call(
+    "w4a16_dequantize",
+    {k: DOT.operands[k] for k in ("qweight", "scales", "zeros")},
+    {"out": struct((K, N))},
+    {"group_size": I64(G), "has_zeros": True},
+)
+QUANTIZE = Call(
+    "w4a16_quantize",
+    {"w": array((K, N))},
+    {
+        "qweight": struct(QWEIGHT, jnp.uint32),
+        "scales": struct((K // G, N)),
+        "zeros": struct((K // G, N)),
+    },
+    {"group_size": I64(G), "symmetric": False},
+)
+
+
+def check_good(call: Call) -> None:
+    """The good call's first result, against the value it must have."""
+    out = np.asarray(call.run()[0])
+    if call.target == "w4a16_dot":
+        np.testing.assert_array_equal(out.astype(np.float32), K * (9 - 7) + 1)
+    elif call.target == "w4a16_dequantize":
+        np.testing.assert_array_equal(out.astype(np.float32), 2)
+    elif call.target == "w4a16_pack":
+        np.testing.assert_array_equal(out, 0x99999999)
+    else:
+        np.testing.assert_array_equal(out, 0xFFFFFFFF)
+
+
+def dot_cases():
+    x, q, s, z, b = (DOT.operands[k] for k in ("x", "qweight", "scales", "zeros", "bias"))
+    operand = {
+        "x_rank_0": ("out", {"x": array(())}),
+        "x_k_short": ("qweight", {"x": array((M, K - 64))}),
+        "x_k_long": ("qweight", {"x": array((M, K + 64))}),
+        "x_rows": ("out", {"x": array((M + 1, K))}),
+        "x_rank_3": ("out", {"x": array((1, M, K))}),
+        "x_int": ("x", {"x": array((M, K), jnp.int16)}),
+        "x_float16": ("scales", {"x": array((M, K), jnp.float16)}),
+        "x_bool": ("x", {"x": array((M, K), jnp.bool_)}),
+        "x_complex": ("x", {"x": array((M, K), jnp.complex64)}),
+        "x_float8": ("x", {"x": array((M, K), jnp.float8_e4m3fn)}),
+        "qweight_rank_1": ("qweight", {"qweight": q.reshape(-1)}),
+        "qweight_rank_2": ("qweight", {"qweight": q.reshape(q.shape[0], -1)}),
+        "qweight_rank_4": ("qweight", {"qweight": q[None]}),
+        "qweight_k_short": ("qweight", {"qweight": q[1:]}),
+        "qweight_k_long": ("qweight", {"qweight": np.concatenate([q, q])}),
+        "qweight_n_short": ("qweight", {"qweight": q[:, 1:]}),
+        "qweight_n_long": ("qweight", {"qweight": np.concatenate([q, q], 1)}),
+        "qweight_words": ("qweight", {"qweight": q[..., :64]}),
+        "qweight_transposed": ("qweight", {"qweight": q.transpose(1, 0, 2)}),
+        "qweight_int32": ("qweight", {"qweight": q.astype(jnp.int32)}),
+        "qweight_uint8": ("qweight", {"qweight": q.astype(jnp.uint8)}),
+        "qweight_float": ("qweight", {"qweight": q.astype(jnp.float32)}),
+        "scales_rank_1": ("scales", {"scales": s[0]}),
+        "scales_rank_3": ("scales", {"scales": s[None]}),
+        "scales_few_groups": ("scales", {"scales": s[:1]}),
+        "scales_many_groups": ("scales", {"scales": np.concatenate([s, s])}),
+        "scales_n_short": ("scales", {"scales": s[:, :-1]}),
+        "scales_n_long": ("scales", {"scales": array((K // G, N + 1))}),
+        "scales_transposed": ("scales", {"scales": s.T}),
+        "scales_float32": ("scales", {"scales": s.astype(jnp.float32)}),
+        "scales_int": ("scales", {"scales": s.astype(jnp.int32)}),
+        "zeros_rank_1": ("zeros", {"zeros": z[0]}),
+        "zeros_few_groups": ("zeros", {"zeros": z[:1]}),
+        "zeros_n_short": ("zeros", {"zeros": z[:, :-1]}),
+        "zeros_float32": ("zeros", {"zeros": z.astype(jnp.float32)}),
+        "zeros_uint8": ("zeros", {"zeros": z.astype(jnp.uint8)}),
+        "bias_rank_2": ("bias", {"bias": b[None]}),
+        "bias_rank_0": ("bias", {"bias": b[0]}),
+        "bias_short": ("bias", {"bias": b[:-1]}),
+        "bias_long": ("bias", {"bias": array((N + 1,))}),
+        "bias_float32": ("bias", {"bias": b.astype(jnp.float32)}),
+        "bias_missing": ("bias", {"bias": None}),
+        "zeros_and_bias_missing": ("zeros", {"zeros": None, "bias": None}),
+        "one_operand_too_many": ("operands", {"more": array((1,))}),
+    }
+    for name, (match, change) in operand.items():
+        yield name, match, DOT.replace("operands", **change)
+    result = {
+        "out_rank_1": ("out", {"out": struct((M * N,))}),
+        "out_rank_3": ("out", {"out": struct((1, M, N))}),
+        "out_rows": ("out", {"out": struct((M + 1, N))}),
+        "out_columns": ("qweight", {"out": struct((M, N + 16))}),
+        "out_columns_in_block": ("scales", {"out": struct((M, N - 1))}),
+        "out_float16": ("out", {"out": struct((M, N), jnp.float16)}),
+        "out_int32": ("out", {"out": struct((M, N), jnp.int32)}),
+        "two_workspaces": ("results", {"a": struct((8,), jnp.uint8), "b": struct((8,), jnp.uint8)}),
+    }
+    for name, (match, change) in result.items():
+        yield name, match, DOT.replace("results", **change)
+    attribute = {
+        "group_size_0": ("group_size", {"group_size": I64(0)}),
+        "group_size_negative": ("group_size", {"group_size": I64(-128)}),
+        "group_size_min": ("group_size", {"group_size": np.iinfo(I64).min}),
+        "group_size_max": ("scales", {"group_size": np.iinfo(I64).max}),
+        "group_size_other": ("scales", {"group_size": I64(64)}),
+        "group_size_int32": ("group_size|attribute", {"group_size": np.int32(G)}),
+        "group_size_float": ("group_size|attribute", {"group_size": np.float32(G)}),
+        "alpha_float64_bits": ("alpha|attribute", {"alpha": I64(1)}),
+        "has_zeros_off": ("operands|bias", {"has_zeros": False}),
+        "has_bias_off": ("operands", {"has_bias": False}),
+        "has_zeros_number": ("has_zeros|attribute", {"has_zeros": I64(1)}),
+        "config_number": ("config|attribute", {"config": I64(0)}),
+    }
+    for name, (match, change) in attribute.items():
+        yield name, match, DOT.replace("attributes", **change)
+    # 48 is no multiple of 32, though the shapes agree with it.
+    odd = DOT.replace("attributes", group_size=I64(48)).replace(
+        "operands", scales=array((6, N)), zeros=array((6, N), value=7)
+    )
+    yield "group_size_48", "group_size", odd
+
+
+def other_cases():
+    q, s, z = (DOT.operands[k] for k in ("qweight", "scales", "zeros"))
+    yield "pack_rank", "codes", PACK.replace("operands", codes=array((K, N, 1), jnp.uint8))
+    yield "pack_int32", "codes", PACK.replace("operands", codes=array((K, N), jnp.int32))
+    yield "pack_k", "qweight", PACK.replace("operands", codes=array((K + 64, N), jnp.uint8))
+    yield "pack_n", "qweight", PACK.replace("operands", codes=array((K, N + 16), jnp.uint8))
+    yield "pack_result", "qweight", PACK.replace("results", qweight=struct(QWEIGHT, jnp.int32))
+    yield "dequantize_rank", "out", DEQUANTIZE.replace("results", out=struct((K, N, 1)))
+    yield "dequantize_k", "qweight", DEQUANTIZE.replace("results", out=struct((K + 64, N)))
+    yield "dequantize_n", "qweight", DEQUANTIZE.replace("results", out=struct((K, N + 16)))
+    yield "dequantize_int", "out", DEQUANTIZE.replace("results", out=struct((K, N), jnp.int8))
+    yield "dequantize_scales", "scales", DEQUANTIZE.replace("operands", scales=s[:1])
+    yield "dequantize_zeros", "zeros", DEQUANTIZE.replace("operands", zeros=z.astype(jnp.float32))
+    yield "dequantize_no_zeros", "zeros", DEQUANTIZE.replace("operands", zeros=None)
+    yield "dequantize_words", "qweight", DEQUANTIZE.replace("operands", qweight=q[..., 1:])
+    yield "dequantize_group", "group_size", DEQUANTIZE.replace("attributes", group_size=I64(-1))
+    yield "quantize_rank", "w", QUANTIZE.replace("operands", w=array((K,)))
+    yield "quantize_int", "w", QUANTIZE.replace("operands", w=array((K, N), jnp.int32))
+    yield "quantize_k", "qweight", QUANTIZE.replace("operands", w=array((K + 64, N)))
+    yield "quantize_scales", "scales", QUANTIZE.replace("results", scales=struct((1, N)))
+    yield "quantize_zeros", "zeros", QUANTIZE.replace("results", zeros=struct((1, N)))
+    yield "quantize_no_zeros", "results", QUANTIZE.replace("results", zeros=None)
+    yield "quantize_symmetric", "results", QUANTIZE.replace("attributes", symmetric=True)
+    yield "quantize_group", "group_size", QUANTIZE.replace("attributes", group_size=I64(0))
+
+
+CASES = [*dot_cases(), *other_cases()]
+GOOD = {call.target: call for call in (DOT, PACK, DEQUANTIZE, QUANTIZE)}
+
+
+def test_enough_cases():
+    assert len(CASES) >= 60
+    assert len({name for name, _, _ in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("call", GOOD.values(), ids=GOOD.keys())
+def test_good_call(call, ffi_platform):
+    with jax.default_device(ffi_platform):
+        check_good(call)
+
+
+@pytest.mark.parametrize(("match", "call"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_malformed_call(match, call, ffi_platform):
+    with jax.default_device(ffi_platform):
+        with pytest.raises(Exception, match=match) as error:
+            call.run()
+        assert "INVALID_ARGUMENT" in str(error.value) or "attribute" in str(error.value)
+        check_good(GOOD[call.target])
+
+
+def test_unknown_config(ffi_platform):
+    call = DOT.replace("attributes", config="no_such_kernel")
+    with jax.default_device(ffi_platform):
+        if ffi_platform.platform == "cpu":
+            check_good(call)  # the CPU has one kernel and takes no configuration
+        else:
+            with pytest.raises(Exception, match="no_such_kernel"):
+                call.run()
+        check_good(DOT)
+
+
+def test_registration_is_idempotent():
+    jax_w4a16._ffi.register()
+    jax_w4a16._ffi.register()
+    check_good(DOT)
