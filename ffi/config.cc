@@ -90,4 +90,6 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   return {};
 }
 
+int64_t WorkspaceBytes(const Problem&, const Device&, const Config&) { return 0; }
+
 }  // namespace w4a16
