@@ -1,4 +1,7 @@
 // The CPU half of the library: the same packed layout, threaded and vectorised.
+//
+// Results do not depend on the executor. Out of memory is thrown as std::bad_alloc, by Dot alone
+// and on the calling thread; tasks never throw.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +11,8 @@
 
 namespace w4a16::cpu {
 
-// Runs body(0) ... body(num_tasks - 1), in any order and on any threads, and returns when all are done.
+// Runs body(0) ... body(num_tasks - 1), in any order and on any threads, and returns when all are
+// done.
 class Executor {
  public:
   virtual ~Executor() = default;

@@ -1,0 +1,303 @@
+// The kernel of Dot, written once over an instruction set's vectors V (dot_<isa>.cc define one).
+//
+// A row of a block's words is 16 words = 64 bytes: all codes of columns p and p + 8 (0 <= p < 8).
+// Word 4 t + s holds, in nibble r + 2 j, column p + 8 r at the k of place [j][4 t + s] of the
+// arranged x. So no code moves: a vector of words, shifted right by 4 again and again, is decoded
+// to weights, multiplied by x and added up lane by lane, and the lanes of a column are summed once
+// per chunk of K. A weight is decoded once for all rows of x in a tile.
+//
+// Codes of steps s = 0, 1 and s = 2, 3 lie in the lower and upper half of the block's 64 k, which
+// belong to two groups where the group size is an odd multiple of 32.
+//
+// A sum's order of additions depends on nothing but K: not on M, N, the tile or the thread.
+//
+// Everything here is in an unnamed namespace: see dot_strip.h.
+#pragma once
+
+#include "dot_strip.h"
+
+namespace w4a16::cpu {
+namespace {
+
+inline constexpr int kPairs = 8;         // pairs of columns in a block
+inline constexpr int kPairWords = 16;    // words of a pair
+inline constexpr int kChunkBlocks = 8;   // blocks of K in a chunk: x of a tile stays in L1
+inline constexpr int kChunkGroups = 16;  // most groups in a chunk
+
+// How the lanes of a block find their group.
+enum class Span {
+  kOneGroup,
+  kTwoGroups,  // the halves of the block differ
+  kTail,       // K ends inside the block; the halves may differ too
+};
+
+// Blocks of a chunk that share their groups.
+struct Run {
+  int begin, end;
+  int lower, upper;  // groups of the halves, counted from the chunk's first
+  Span span;
+};
+
+struct Chunk {
+  int64_t first_group;
+  int groups;
+  int runs;
+  Run run[kChunkBlocks];
+};
+
+// Scales and zero points of a block's columns, by the chunk's groups.
+struct Columns {
+  alignas(64) float scale[kChunkGroups][kBlockN];
+  alignas(64) float zero[kChunkGroups][kBlockN];
+};
+
+inline Chunk MakeChunk(const DotStrip& d, int64_t first_block, int blocks) {
+  Chunk chunk = {};
+  const int64_t group_size = d.group_size < d.k ? d.group_size : d.k;
+  chunk.first_group = first_block * kBlockK / group_size;
+  for (int b = 0; b < blocks; ++b) {
+    const int64_t k = (first_block + b) * kBlockK;
+    const int64_t last = (k + kBlockK < d.k ? k + kBlockK : d.k) - 1;
+    const int lower = static_cast<int>(k / group_size - chunk.first_group);
+    const int upper = static_cast<int>(last / group_size - chunk.first_group);
+    const Span span = k + kBlockK > d.k ? Span::kTail
+                      : lower == upper  ? Span::kOneGroup
+                                        : Span::kTwoGroups;
+    Run& run = chunk.run[chunk.runs > 0 ? chunk.runs - 1 : 0];
+    if (chunk.runs > 0 && run.lower == lower && run.upper == upper && run.span == span) {
+      run.end = b + 1;
+    } else {
+      chunk.run[chunk.runs++] = {b, b + 1, lower, upper, span};
+    }
+    chunk.groups = upper + 1;
+  }
+  return chunk;
+}
+
+template <class V>
+inline void ToFloat(const void* src, w4a16_dtype dtype, int64_t offset, int count, float* dst) {
+  const int width = V::kWidth;
+  const char* bytes = static_cast<const char*>(src) + offset * (dtype == W4A16_F32 ? 4 : 2);
+  int i = 0;
+  for (; i + width <= count; i += width)
+    V::Store(dst + i, V::Load(bytes + i * (dtype == W4A16_F32 ? 4 : 2), dtype));
+  if (i == count) return;
+  alignas(64) char rest[64] = {};
+  const int element = dtype == W4A16_F32 ? 4 : 2;
+  __builtin_memcpy(rest, bytes + i * element, (count - i) * element);
+  alignas(64) float values[16];
+  V::Store(values, V::Load(rest, dtype));
+  for (int l = 0; i < count; ++i, ++l) dst[i] = values[l];
+}
+
+template <class V>
+void Arrange(const void* x, w4a16_dtype dtype, int64_t k, int rows, float* out) {
+  const int64_t blocks_k = (k + kBlockK - 1) / kBlockK;
+  for (int64_t b = 0; b < blocks_k; ++b) {
+    const int count = static_cast<int>(k - b * kBlockK < kBlockK ? k - b * kBlockK : kBlockK);
+    for (int m = 0; m < rows; ++m) {
+      alignas(64) float values[kBlockK] = {};
+      ToFloat<V>(x, dtype, m * k + b * kBlockK, count, values);
+      for (int j = 0; j < 4; ++j) {
+        for (int t = 0; t < 4; ++t) {
+          for (int s = 0; s < 4; ++s) *out++ = values[16 * s + 2 * t + 8 * (j % 2) + j / 2];
+        }
+      }
+    }
+  }
+}
+
+template <class V>
+void LoadColumns(const DotStrip& d, const Chunk& chunk, int col, Columns* columns) {
+  const int count = d.cols - col < kBlockN ? d.cols - col : kBlockN;
+  for (int g = 0; g < chunk.groups; ++g) {
+    const int64_t offset = (chunk.first_group + g) * d.stride + col;
+    for (int i = count; i < kBlockN; ++i) columns->scale[g][i] = columns->zero[g][i] = 0;
+    ToFloat<V>(d.scales, d.x_dtype, offset, count, columns->scale[g]);
+    if (d.zeros != nullptr) {
+      ToFloat<V>(d.zeros, d.x_dtype, offset, count, columns->zero[g]);
+    } else {
+      for (int i = 0; i < count; ++i) columns->zero[g][i] = kSymmetricZero;
+    }
+  }
+}
+
+// All ones where the arranged place of K's last block is inside K.
+struct TailMask {
+  alignas(64) uint32_t lane[4][kPairWords];
+};
+
+inline TailMask MakeTailMask(int64_t k) {
+  TailMask mask;
+  const int count = static_cast<int>(k % kBlockK);
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < kPairWords; ++i) {
+      mask.lane[j][i] = 16 * (i % 4) + 2 * (i / 4) + 8 * (j % 2) + j / 2 < count ? ~0u : 0;
+    }
+  }
+  return mask;
+}
+
+// acc += the blocks of one run, for kP pairs of columns and kM rows of x.
+template <class V, int kM, int kP, Span kSpan>
+inline __attribute__((always_inline)) void AddRun(const Run& run, const Columns& columns, int pair0,
+                                                  const uint32_t* words, int64_t stride,
+                                                  const float* x, const TailMask& tail,
+                                                  typename V::Float (&acc)[kP][2][kM]) {
+  typename V::Column column[kP][2];
+#pragma GCC unroll 4
+  for (int p = 0; p < kP; ++p) {
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+      const int n = pair0 + p + 8 * r;
+      column[p][r] = V::MakeColumn(columns.scale[run.lower][n], columns.zero[run.lower][n],
+                                   columns.scale[run.upper][n], columns.zero[run.upper][n]);
+    }
+  }
+  for (int b = run.begin; b < run.end; ++b) {
+    const uint32_t* block = words + b * stride;
+    const float* xb = x + b * (kM * kBlockK);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairWords; i += V::kWidth) {
+      typename V::Int w[kP];
+#pragma GCC unroll 4
+      for (int p = 0; p < kP; ++p) w[p] = V::LoadWords(block + p * kPairWords + i);
+      if (i == 0) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kP; ++p) __builtin_prefetch(block + kBlockWords + p * kPairWords);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kP; ++p) {
+#pragma GCC unroll 2
+          for (int r = 0; r < 2; ++r) {
+            typename V::Float weight =
+                V::template Decode<kSpan != Span::kOneGroup>(w[p], column[p][r]);
+            if (kSpan == Span::kTail) weight = V::And(weight, &tail.lane[j][i]);
+            w[p] = V::NextNibble(w[p]);
+#pragma GCC unroll 8
+            for (int m = 0; m < kM; ++m) {
+              acc[p][r][m] = V::MulAdd(weight, V::LoadFloats(xb + m * kBlockK + j * kPairWords + i),
+                                       acc[p][r][m]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// sums[m][n] += one chunk of K, for a tile of kM rows and one block of columns.
+template <class V, int kM>
+void AddChunk(const Chunk& chunk, const Columns& columns, const uint32_t* words, int64_t stride,
+              const float* x, const TailMask& tail, float* sums) {
+  constexpr int kP = V::kAccumulators / (2 * kM) >= 4   ? 4
+                     : V::kAccumulators / (2 * kM) >= 2 ? 2
+                                                        : 1;
+  for (int pair0 = 0; pair0 < kPairs; pair0 += kP) {
+    typename V::Float acc[kP][2][kM];
+#pragma GCC unroll 4
+    for (int p = 0; p < kP; ++p) {
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) acc[p][r][m] = V::Zero();
+      }
+    }
+    const uint32_t* pair_words = words + pair0 * kPairWords;
+    for (int i = 0; i < chunk.runs; ++i) {
+      const Run& run = chunk.run[i];
+      if (run.span == Span::kOneGroup) {
+        AddRun<V, kM, kP, Span::kOneGroup>(run, columns, pair0, pair_words, stride, x, tail, acc);
+      } else if (run.span == Span::kTwoGroups) {
+        AddRun<V, kM, kP, Span::kTwoGroups>(run, columns, pair0, pair_words, stride, x, tail, acc);
+      } else {
+        AddRun<V, kM, kP, Span::kTail>(run, columns, pair0, pair_words, stride, x, tail, acc);
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kP; ++p) {
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m)
+          sums[m * kStripCols + pair0 + p + 8 * r] += V::Sum(acc[p][r][m]);
+      }
+    }
+  }
+}
+
+template <class V>
+using AddChunkFunction = void (*)(const Chunk&, const Columns&, const uint32_t*, int64_t,
+                                  const float*, const TailMask&, float*);
+
+// out = alpha * sum + bias, rounded once.
+template <class V>
+void WriteRow(const DotStrip& d, const float* sums, int row) {
+  const int element = d.out_dtype == W4A16_F32 ? 4 : 2;
+  char* out = static_cast<char*>(d.out) + row * d.stride * element;
+  for (int col = 0; col < d.cols; col += V::kWidth) {
+    const int count = d.cols - col < V::kWidth ? d.cols - col : V::kWidth;
+    typename V::Float value = V::Mul(V::LoadFloats(sums + col), V::Broadcast(d.alpha));
+    if (d.bias != nullptr) {
+      alignas(64) float bias[V::kWidth] = {};
+      ToFloat<V>(d.bias, d.x_dtype, col, count, bias);
+      value = V::Add(value, V::LoadFloats(bias));
+    }
+    if (count == V::kWidth) {
+      V::StoreAs(out + col * element, value, d.out_dtype);
+    } else {
+      alignas(64) char rest[64];
+      V::StoreAs(rest, value, d.out_dtype);
+      __builtin_memcpy(out + col * element, rest, count * element);
+    }
+  }
+}
+
+template <class V>
+void DotOfStrip(const DotStrip& d) {
+  static_assert(V::kTileRows <= 8);
+  constexpr AddChunkFunction<V> kAddChunk[8] = {
+      AddChunk<V, 1>,
+      AddChunk<V, 2>,
+      AddChunk<V, 3>,
+      AddChunk<V, 4>,
+      V::kTileRows < 5 ? nullptr : AddChunk < V,
+      V::kTileRows < 5 ? 1 : 5 >,
+      V::kTileRows < 6 ? nullptr : AddChunk < V,
+      V::kTileRows < 6 ? 1 : 6 >,
+      V::kTileRows < 7 ? nullptr : AddChunk < V,
+      V::kTileRows < 7 ? 1 : 7 >
+      , V::kTileRows < 8 ? nullptr : AddChunk < V, V::kTileRows < 8 ? 1 : 8 >,
+  };
+  alignas(64) float sums[kStripRows][kStripCols];
+  __builtin_memset(sums, 0, d.rows * sizeof(sums[0]));
+  const TailMask tail = MakeTailMask(d.k);
+  const int64_t blocks_k = (d.k + kBlockK - 1) / kBlockK;
+  const int64_t stride = d.blocks_n * kBlockWords;
+  const int tiles = (d.rows + V::kTileRows - 1) / V::kTileRows;
+  for (int64_t first = 0; first < blocks_k; first += kChunkBlocks) {
+    const int blocks =
+        static_cast<int>(blocks_k - first < kChunkBlocks ? blocks_k - first : kChunkBlocks);
+    const Chunk chunk = MakeChunk(d, first, blocks);
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int row = TileBegin(tile, tiles, d.rows);
+      const int rows = TileBegin(tile + 1, tiles, d.rows) - row;
+      const float* x = d.x + (row * blocks_k + rows * first) * kBlockK;
+      for (int col = 0; col < d.cols; col += kBlockN) {
+        Columns columns;
+        LoadColumns<V>(d, chunk, col, &columns);
+        const uint32_t* words = d.qweight + first * stride + col / kBlockN * kBlockWords;
+        kAddChunk[rows - 1](chunk, columns, words, stride, x, tail, &sums[row][col]);
+      }
+    }
+  }
+  for (int row = 0; row < d.rows; ++row) WriteRow<V>(d, sums[row], row);
+}
+
+template <class V>
+inline constexpr DotKernel kDotKernel = {V::kTileRows, Arrange<V>, DotOfStrip<V>};
+
+}  // namespace
+}  // namespace w4a16::cpu
