@@ -1,0 +1,117 @@
+"""The public dot: checks its arguments and binds the primitive."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_w4a16 import _checks, _ffi, _primitive
+from jax_w4a16._types import QuantizedWeight
+
+IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference")
+
+
+def dot(
+    x,
+    qw,
+    scales=None,
+    zeros=None,
+    *,
+    group_size: int | None = None,
+    bias=None,
+    alpha: float = 1.0,
+    preferred_element_type=None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """alpha * x @ w + bias for a weight w [K, N] of packed 4-bit codes.
+
+    w[k, n] = (code[k, n] - zeros[k/g, n]) * scales[k/g, n]. Sums are float32; alpha and bias are applied in
+    float32, before the one rounding to the result's type. Differentiable in x, scales, zeros and bias.
+
+    Args:
+      x: activations [..., K], float16, bfloat16 or (CPU and reference only) float32.
+      qw: a QuantizedWeight, or packed codes, uint32 [ceil(K/64), ceil(N/16), 128].
+      scales: [ceil(K/g), N] of x's type, where qw is an array. 16-bit scales also serve a float32 x; so do
+        zeros and bias.
+      zeros: like scales, in units of codes; None means 8.
+      group_size: g, where qw is an array; default: what K and the number of groups imply, which must then
+        divide K. -1: one group per column.
+      bias: [N] of x's type, or None.
+      alpha: a number.
+      preferred_element_type: type of the result: x's (default) or float32.
+      implementation: "cuda" or "cpu", the kernels; "reference", plain JAX; "auto", the kernel of the
+        platform, or the reference, with a warning, where there is none that can serve.
+
+    Returns:
+      [..., N].
+
+    Raises:
+      TypeError, ValueError: an argument is not as described, or the implementation asked for cannot serve;
+        the message names the operand, what was expected and what was got.
+    """
+    if isinstance(qw, QuantizedWeight):
+        for name, value in (("scales", scales), ("zeros", zeros), ("group_size", group_size)):
+            if value is not None:
+                raise TypeError(f"{name}: expected None, because qw is a QuantizedWeight, got {_text(value)}")
+        qweight, scales, zeros, group_size = qw.qweight, qw.scales, qw.zeros, qw.group_size
+    else:
+        qweight = _checks.array("qw", qw)
+        if scales is None:
+            raise TypeError("scales: expected an array, because qw is a packed array, got None")
+    _checks.floating("x", _checks.array("x", x))
+    if len(x.shape) < 1:
+        raise ValueError(f"x: expected shape [..., K], got {tuple(x.shape)}")
+    k = x.shape[-1]
+    if isinstance(qw, QuantizedWeight) and len(qweight.shape) == 3 and k != qw.in_features:
+        raise ValueError(f"x: expected shape [..., K = {qw.in_features}], got {tuple(x.shape)}")
+    size = _checks.weight(qweight, scales, zeros, k, group_size)
+    n = scales.shape[1]
+    if bias is not None:
+        _checks.shape("bias", _checks.array("bias", bias), (n,), f" for N = {n}")
+    scales, zeros, bias = (
+        _like_x(name, value, x.dtype)
+        for name, value in (("scales", scales), ("zeros", zeros), ("bias", bias))
+    )
+    out_dtype = x.dtype if preferred_element_type is None else preferred_element_type
+    out_dtype = _checks.float_dtype("preferred_element_type", out_dtype)
+    if out_dtype not in (x.dtype, jnp.float32):
+        raise TypeError(
+            f"preferred_element_type: expected x's type {x.dtype} or float32, got {out_dtype.name}"
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "cuda" and not _ffi.has_cuda():
+        raise ValueError(
+            "implementation: expected one that this build has, got 'cuda'; it has no CUDA kernels"
+        )
+    params = (size, _checks.real("alpha", alpha), out_dtype, implementation)
+    return _dot(x, qweight, scales, zeros, bias, params)
+
+
+@functools.partial(jax.jit, static_argnums=5, inline=True)
+def _dot(x, qweight, scales, zeros, bias, params):
+    group_size, alpha, out_dtype, implementation = params
+    return _primitive.dot(
+        x,
+        qweight,
+        scales,
+        zeros,
+        bias,
+        group_size=group_size,
+        alpha=alpha,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
+
+
+def _text(value) -> str:
+    return f"an array of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+
+
+def _like_x(name: str, value, dtype):
+    """`value` in x's type: the same, or 16 bits beside a float32 x, which loses nothing."""
+    if value is None or value.dtype == dtype:
+        return value
+    if dtype == jnp.float32 and value.dtype in _checks.FLOATS:
+        return jax.lax.convert_element_type(value, dtype)
+    raise TypeError(f"{name}: expected x's type {dtype}, got {value.dtype}; convert it with astype")

@@ -1,0 +1,109 @@
+"""Values to codes and back: quantize, dequantize, pack, unpack."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_w4a16 import _checks, _layout, _primitive
+from jax_w4a16._types import QuantizedWeight
+
+
+def quantize(w, *, group_size: int = 128, symmetric: bool = True, scale_dtype=None) -> QuantizedWeight:
+    """Rounds a weight to 4-bit codes, to nearest, group by group.
+
+    Args:
+      w: weight [K, N], float16, bfloat16 or float32. The work is done where w is; under `jit` too.
+      group_size: codes of K that share a scale: a multiple of 32, or -1 for one group per column.
+      symmetric: zero points are 8 and not stored; otherwise each group has its own, an integer 0..15.
+      scale_dtype: type of scales and zeros, which is the type of activations the weight will meet;
+        default: w's, or bfloat16 where w is float32.
+
+    Returns:
+      A QuantizedWeight. A group that holds a NaN gets a NaN scale, so that it shows.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+    """
+    _checks.floating("w", _checks.array("w", w))
+    _checks.rank("w", w, 2)
+    if not isinstance(symmetric, bool | np.bool_):
+        raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
+    if scale_dtype is None:
+        scale_dtype = jnp.bfloat16 if w.dtype == jnp.float32 else w.dtype
+    scale_dtype = _checks.float_dtype("scale_dtype", scale_dtype)
+    k = w.shape[0]
+    size = _checks.group_size(group_size, k)
+    qweight, scales, *zeros = _quantize(w, size, bool(symmetric), scale_dtype)
+    stored = -1 if size >= k else size
+    return QuantizedWeight(qweight, scales, *zeros, group_size=stored, k=k)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(w, group_size, symmetric, scale_dtype):
+    return _primitive.quantize(w, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def dequantize(qweight, scales, zeros=None, dtype=None, *, group_size: int | None = None, in_features=None):
+    """The weight [K, N] as (code - zero) * scale, computed in float32 and rounded once.
+
+    Args:
+      qweight: packed codes, uint32 [ceil(K/64), ceil(N/16), 128].
+      scales: [ceil(K/g), N], float16, bfloat16 or float32.
+      zeros: like scales, in units of codes; None means 8.
+      dtype: of the result, float16, bfloat16 or float32; default: the scales'.
+      group_size: g; default: what K and the number of groups imply. -1: one group per column.
+      in_features: K; default: 64 for each block of rows.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+    """
+    if in_features is None:
+        in_features = _checks.array("qweight", qweight).shape[0] * _layout.BLOCK_K if qweight.shape else 0
+    k = _checks.integer("in_features", in_features)
+    if k < 0:
+        raise ValueError(f"in_features: expected at least 0, got {k}")
+    size = _checks.weight(qweight, scales, zeros, k, group_size)
+    dtype = _checks.float_dtype("dtype", scales.dtype if dtype is None else dtype)
+    return _dequantize(qweight, scales, zeros, k, size, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _dequantize(qweight, scales, zeros, k, group_size, dtype):
+    return _primitive.dequantize(qweight, scales, zeros, k=k, group_size=group_size, dtype=dtype)
+
+
+def pack(codes) -> jax.Array:
+    """uint8 codes [K, N], 0..15 -> packed weight, uint32 [ceil(K/64), ceil(N/16), 128].
+
+    Only the low four bits of a code count. Padding holds code 0.
+
+    Raises:
+      TypeError, ValueError: codes is not a two-dimensional uint8 array.
+    """
+    _checks.dtype("codes", _checks.array("codes", codes), jnp.uint8)
+    _checks.rank("codes", codes, 2)
+    return _pack(codes)
+
+
+_pack = jax.jit(lambda codes: _primitive.pack(codes))
+
+
+def unpack(qweight, shape) -> jax.Array:
+    """The inverse of `pack`: packed weight -> uint8 codes of the given shape (K, N).
+
+    Raises:
+      TypeError, ValueError: qweight is not uint32, or not of the packed shape of a weight (K, N).
+    """
+    _checks.dtype("qweight", _checks.array("qweight", qweight), jnp.uint32)
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        raise TypeError(f"shape: expected (K, N), got {shape!r}")
+    k, n = (_checks.integer("shape", size) for size in shape)
+    if min(k, n) < 0:
+        raise ValueError(f"shape: expected sizes of at least 0, got {(k, n)}")
+    _checks.shape("qweight", qweight, _layout.packed_shape(k, n), f" for a weight [K = {k}, N = {n}]")
+    return _unpack(qweight, k, n)
+
+
+_unpack = jax.jit(_layout.unpack, static_argnums=(1, 2))

@@ -1,0 +1,70 @@
+"""Plain JAX for every kernel: what runs where no kernel can, and what the kernels are compared with."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_w4a16 import _layout
+
+_SYMMETRIC_STEP = 1.0 / 7.5
+_ASYMMETRIC_STEP = 1.0 / 15.0
+
+
+def per_row(values: jax.Array, k: int, group_size: int) -> jax.Array:
+    """[ceil(k/g), N] -> [k, N]: each group's row once for every row of the weight."""
+    if group_size >= k:
+        return jnp.broadcast_to(values[: min(1, k)], (k, values.shape[1]))
+    return jnp.repeat(values, group_size, axis=0)[:k]
+
+
+def dequantize(qweight, scales, zeros, *, k, group_size, dtype):
+    """(code - zero) * scale in float32, rounded once to dtype: [k, N]."""
+    codes = _layout.unpack(qweight, k, scales.shape[1]).astype(jnp.float32)
+    zero = _layout.SYMMETRIC_ZERO if zeros is None else per_row(zeros.astype(jnp.float32), k, group_size)
+    return ((codes - zero) * per_row(scales.astype(jnp.float32), k, group_size)).astype(dtype)
+
+
+def dot(x, qweight, scales, zeros, bias, *, group_size, alpha, out_dtype):
+    """alpha * x @ dequantize(...) + bias, accumulated in float32: [..., N]."""
+    w = dequantize(qweight, scales, zeros, k=x.shape[-1], group_size=group_size, dtype=jnp.float32)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    out = alpha * lax.dot_general(x.astype(jnp.float32), w, contract, precision=lax.Precision.HIGHEST)
+    if bias is not None:
+        out += bias.astype(jnp.float32)
+    return out.astype(out_dtype)
+
+
+def _rounded(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """x in dtype, and that again in float32."""
+    stored = x.astype(dtype)
+    # Without the barrier XLA may drop the pair of conversions, and with it the rounding.
+    return stored, lax.optimization_barrier(stored).astype(jnp.float32)
+
+
+def _clamp_code(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, 0.0, 15.0))
+
+
+def quantize(w, *, group_size, symmetric, scale_dtype):
+    """The rule of ffi/quantize.h: w [K, N] -> packed codes, scales, zeros (None where symmetric)."""
+    k, n = w.shape
+    groups = _layout.num_groups(k, group_size)
+    rows = min(group_size, k)
+    values = w.astype(jnp.float32)
+    # Zeros change neither max|w| nor the range, which holds 0 anyway.
+    grouped = jnp.pad(values, ((0, groups * rows - k), (0, 0))).reshape(groups, rows, n)
+    if symmetric:
+        scales, scale = _rounded(
+            jnp.max(jnp.abs(grouped), axis=1, initial=0.0) * _SYMMETRIC_STEP, scale_dtype
+        )
+        zeros, zero = None, jnp.full_like(scale, _layout.SYMMETRIC_ZERO)
+    else:
+        low = jnp.min(grouped, axis=1, initial=0.0)
+        high = jnp.max(grouped, axis=1, initial=0.0)
+        scales, scale = _rounded((high - low) * _ASYMMETRIC_STEP, scale_dtype)
+        zero = jnp.where(scale == 0, 0.0, _clamp_code(jnp.rint(-low / scale)))
+        zeros = zero.astype(scale_dtype)
+    scale, zero = scale[:, None], zero[:, None]
+    codes = jnp.where(scale == 0, zero, _clamp_code(jnp.rint(grouped / scale) + zero))
+    codes = codes.reshape(groups * rows, n)[:k].astype(jnp.uint8)
+    return _layout.pack(codes), scales, zeros

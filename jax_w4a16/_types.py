@@ -1,0 +1,91 @@
+"""QuantizedWeight: a packed weight with its scales, as one pytree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jax_w4a16 import _checks, _layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [K, N] of 4-bit codes: w[k, n] = (code[k, n] - zeros[k/g, n]) * scales[k/g, n].
+
+    Invariants (`validate` checks them; they hold for each member of a stack, whose arrays share leading
+    dimensions for `lax.scan` or `vmap`):
+
+    - `qweight` is uint32 [ceil(K/64), ceil(N/16), 128], packed by `pack`; padding may hold any code.
+    - `scales` is [ceil(K/g), N], float16, bfloat16 or float32; N is not padded.
+    - `zeros` is None, which means 8 everywhere, or of the shape and type of `scales`, in units of codes.
+    - `group_size` g is a multiple of 32, or -1 or at least K: one group per column.
+    - `k` is K, and 1 + (K-1)//64 blocks of rows are there, or fewer in a shard of the weight.
+
+    Nothing is checked on construction, because transformations put specs, tracers and placeholders in
+    place of the arrays.
+    """
+
+    qweight: Any
+    scales: Any
+    zeros: Any = None
+    group_size: int = dataclasses.field(default=128, metadata={"static": True}, kw_only=True)
+    k: int = dataclasses.field(default=0, metadata={"static": True}, kw_only=True)
+
+    @property
+    def in_features(self) -> int:
+        """K; inside `shard_map`, this shard's (rows are split by whole blocks of 64 only)."""
+        return min(self.k, self.qweight.shape[-3] * _layout.BLOCK_K)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.scales.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        return self.in_features, self.out_features
+
+    @property
+    def dtype(self):
+        """Type of the scales, and of `dequantize` unless told otherwise."""
+        return self.scales.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        arrays = (self.qweight, self.scales, self.zeros)
+        return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
+
+    def dequantize(self, dtype=None) -> jax.Array:
+        """The weight [K, N] in `dtype` (float16, bfloat16 or float32; default: the scales')."""
+        from jax_w4a16 import _quantize
+
+        return _quantize.dequantize(
+            self.qweight,
+            self.scales,
+            self.zeros,
+            dtype,
+            group_size=self.group_size,
+            in_features=self.in_features,
+        )
+
+    def validate(self) -> "QuantizedWeight":
+        """Raises TypeError or ValueError, naming the field, unless the invariants hold; returns self."""
+        for name in ("group_size", "k"):
+            _checks.integer(f"QuantizedWeight.{name}", getattr(self, name))
+        if self.k < 0:
+            raise ValueError(f"QuantizedWeight.k: expected at least 0, got {self.k}")
+        lead = _checks.array("qweight", self.qweight).shape[:-3]
+        one = lambda a: a if a is None else jax.ShapeDtypeStruct(a.shape[len(lead) :], a.dtype)
+        for name in ("scales", "zeros"):
+            a = getattr(self, name)
+            if (a is not None or name == "scales") and _checks.array(name, a).shape[: len(lead)] != lead:
+                raise ValueError(
+                    f"{name}: expected the leading dimensions of qweight, {lead}, got shape {tuple(a.shape)}"
+                )
+        _checks.weight(
+            one(self.qweight), one(self.scales), one(self.zeros), self.in_features, self.group_size
+        )
+        return self
