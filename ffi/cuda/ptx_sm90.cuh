@@ -1,0 +1,266 @@
+// Thin wrappers of the Hopper (sm_90a) instructions that gemm_wgmma.cuh is made of: mbarriers, bulk
+// and tensor copies, clusters, wgmma. One instruction each; the ordering rules are the caller's.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace w4a16::ptx {
+
+__device__ inline uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// --- mbarrier ---
+
+__device__ inline void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(arrivals));
+}
+
+// Makes initialised barriers visible to the async proxy and to the cluster.
+__device__ inline void FenceMbarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void MbarrierArrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+
+__device__ inline void MbarrierArriveExpectTx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Waits for the phase of the given parity to complete.
+__device__ inline void MbarrierWait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}\n" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// --- copies through the async proxy ---
+
+__device__ inline uint64_t PolicyEvictFirst() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ inline uint64_t PolicyEvictLast() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ inline void PrefetchTensorMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map));
+}
+
+// `bytes` and both addresses are multiples of 16.
+__device__ inline void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+
+// The box of `map` whose origin is element (inner, outer).
+__device__ inline void TensorLoad2d(void* shared, const CUtensorMap* map, int inner, int outer,
+                                    uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(SharedAddress(shared)),
+      "l"(map), "r"(inner), "r"(outer), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+
+// Own shared memory to that of cluster rank `rank`; `shared_there` and `barrier` are given as the
+// addresses of the same objects in the calling CTA.
+__device__ inline void BulkSend(void* shared_there, const void* shared_here, uint32_t bytes,
+                                uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, barrier;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 barrier, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+      " [there], [%1], %2, [barrier];\n"
+      "}\n" ::"r"(SharedAddress(shared_there)),
+      "r"(SharedAddress(shared_here)), "r"(bytes), "r"(SharedAddress(barrier)), "r"(rank)
+      : "memory");
+}
+
+// Orders earlier ordinary accesses of shared memory before later ones of the async proxy.
+__device__ inline void FenceProxyAsync() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// --- groups of threads ---
+
+// Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
+__device__ inline void NamedBarrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Changes the registers of each thread of the executing warpgroup.
+template <int kRegisters>
+__device__ inline void ReleaseRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void TakeRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ inline void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ inline void ClusterWait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// --- wgmma ---
+
+// Orders register accesses before the wgmmas that follow. Naming the registers pins the
+// instructions that write them above it.
+template <int kRegisters>
+__device__ inline void WgmmaFence(uint32_t (&a)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+r"(a[i])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ inline void WgmmaCommit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most `kPending` committed groups are in flight.
+template <int kPending>
+__device__ inline void WgmmaWait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps register operands alive, hence their registers unused by anything else, up to this point.
+template <typename T, int kRegisters>
+__device__ inline void KeepAlive(T (&r)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) {
+    if constexpr (std::is_same_v<T, float>)
+      asm volatile("" : "+f"(r[i])::"memory");
+    else
+      asm volatile("" : "+r"(r[i])::"memory");
+  }
+}
+
+// Descriptor of a K-major operand in shared memory with the 128-byte swizzle: rows of 64 16-bit
+// values, eight rows to a 1024-byte atom. `shared` is aligned to 1024 bytes. Adding 2 to a
+// descriptor moves it by 16 values (32 bytes) along K.
+__device__ inline uint64_t DescriptorSwizzle128(const void* shared) {
+  constexpr uint64_t kStrideBytes = 1024, kSwizzle128 = 1;
+  return ((SharedAddress(shared) & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
+         ((kStrideBytes >> 4) << 32) | (kSwizzle128 << 62);
+}
+
+#define W4A16_ACC8(i)                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define W4A16_ACC16(i) W4A16_ACC8(i), W4A16_ACC8(i + 8)
+#define W4A16_ACC32(i) W4A16_ACC16(i), W4A16_ACC16(i + 16)
+#define W4A16_ACC64(i) W4A16_ACC32(i), W4A16_ACC32(i + 32)
+#define W4A16_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define W4A16_R16 \
+  W4A16_R8        \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define W4A16_R24 \
+  W4A16_R16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define W4A16_R32 \
+  W4A16_R24       \
+  ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define W4A16_R48                            \
+  W4A16_R32                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39" \
+  ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define W4A16_R64                            \
+  W4A16_R48                                  \
+  ", %48, %49, %50, %51, %52, %53, %54, %55" \
+  ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define W4A16_R96                            \
+  W4A16_R64                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71" \
+  ", %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87" \
+  ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define W4A16_R128                                   \
+  W4A16_R96                                          \
+  ", %96, %97, %98, %99, %100, %101, %102, %103"     \
+  ", %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119" \
+  ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define W4A16_WGMMA_ASM(TYPE, N, REGISTERS, A0, A1, A2, A3, B, P, ...)                           \
+  asm volatile(                                                                                  \
+      "{\n"                                                                                      \
+      ".reg .pred accumulate;\n"                                                                 \
+      "setp.ne.b32 accumulate, %" #P                                                             \
+      ", 0;\n"                                                                                   \
+      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" #A0 \
+      ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B                                                    \
+      ", accumulate, 1, 1, 0;\n"                                                                 \
+      "}\n"                                                                                      \
+      : __VA_ARGS__                                                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
+#define W4A16_WGMMA_CASE(N, REGISTERS, A0, A1, A2, A3, B, P, ...)            \
+  if constexpr (kN == N && kHalf)                                            \
+    W4A16_WGMMA_ASM("f16", N, REGISTERS, A0, A1, A2, A3, B, P, __VA_ARGS__); \
+  else if constexpr (kN == N)                                                \
+  W4A16_WGMMA_ASM("bf16", N, REGISTERS, A0, A1, A2, A3, B, P, __VA_ARGS__)
+// d[64 x kN] += a[64 x 16] * b[16 x kN]: a in registers (four per thread), b in shared memory,
+// K-major.
+template <typename T, int kN>
+__device__ inline void Wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kN == 16 || kN == 32 || kN == 48 || kN == 64 || kN == 96 || kN == 128 ||
+                kN == 192 || kN == 256);
+  W4A16_WGMMA_CASE(16, W4A16_R8, 8, 9, 10, 11, 12, 13, W4A16_ACC8(0));
+  W4A16_WGMMA_CASE(32, W4A16_R16, 16, 17, 18, 19, 20, 21, W4A16_ACC16(0));
+  W4A16_WGMMA_CASE(48, W4A16_R24, 24, 25, 26, 27, 28, 29, W4A16_ACC16(0), W4A16_ACC8(16));
+  W4A16_WGMMA_CASE(64, W4A16_R32, 32, 33, 34, 35, 36, 37, W4A16_ACC32(0));
+  W4A16_WGMMA_CASE(96, W4A16_R48, 48, 49, 50, 51, 52, 53, W4A16_ACC32(0), W4A16_ACC16(32));
+  W4A16_WGMMA_CASE(128, W4A16_R64, 64, 65, 66, 67, 68, 69, W4A16_ACC64(0));
+  W4A16_WGMMA_CASE(192, W4A16_R96, 96, 97, 98, 99, 100, 101, W4A16_ACC64(0), W4A16_ACC32(64));
+  W4A16_WGMMA_CASE(256, W4A16_R128, 128, 129, 130, 131, 132, 133, W4A16_ACC64(0), W4A16_ACC64(64));
+}
+
+#undef W4A16_ACC8
+#undef W4A16_ACC16
+#undef W4A16_ACC32
+#undef W4A16_ACC64
+#undef W4A16_R8
+#undef W4A16_R16
+#undef W4A16_R24
+#undef W4A16_R32
+#undef W4A16_R48
+#undef W4A16_R64
+#undef W4A16_R96
+#undef W4A16_R128
+#undef W4A16_WGMMA_ASM
+#undef W4A16_WGMMA_CASE
+
+}  // namespace w4a16::ptx
