@@ -30,9 +30,10 @@ Status CheckProblem(const Problem& p) {
     if (Status s = CheckExtent(name, value); !s.ok()) return s;
   }
   if (p.x_dtype < W4A16_F16 || p.x_dtype > W4A16_F32)
-    return Status::Invalid(Got("x_dtype", p.x_dtype) + ": unknown type");
+    return Status::Invalid(Got("x_dtype", static_cast<int>(p.x_dtype)) + ": unknown type");
   if (p.out_dtype != p.x_dtype && p.out_dtype != W4A16_F32)
-    return Status::Invalid(Got("out_dtype", p.out_dtype) + ": expected x's type or float32");
+    return Status::Invalid(Got("out_dtype", static_cast<int>(p.out_dtype)) +
+                           ": expected x's type or float32");
   // Kernels fetch scales per 32 codes; other sizes would cut a fragment.
   if (p.group_size < p.k && (p.group_size < 32 || p.group_size % 32 != 0))
     return Status::Invalid(Got("group_size", p.group_size) +
@@ -41,6 +42,8 @@ Status CheckProblem(const Problem& p) {
 }
 
 Status CheckOperands(const Problem& p, const Operands& o) {
+  if (o.workspace_bytes < 0)
+    return Status::Invalid(Got("workspace_bytes", o.workspace_bytes) + ": expected at least 0");
   const int64_t groups = NumGroups(p);
   const int64_t weights = BlocksK(p.k) * BlocksN(p.n);
   struct Row {
@@ -64,8 +67,6 @@ Status CheckOperands(const Problem& p, const Operands& o) {
     return Status::Invalid("zeros: expected null, because the problem has none");
   if (!p.has_bias && o.bias != nullptr)
     return Status::Invalid("bias: expected null, because the problem has none");
-  if (o.workspace_bytes < 0)
-    return Status::Invalid(Got("workspace_bytes", o.workspace_bytes) + ": expected at least 0");
   return {};
 }
 

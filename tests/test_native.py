@@ -1,0 +1,229 @@
+"""The native library on its own: the C interface through ctypes, and the stand-alone program."""
+
+from __future__ import annotations
+
+import ctypes as c
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from jax_w4a16 import _w4a16
+
+F16, BF16, F32 = 0, 1, 2
+OK, INVALID, UNSUPPORTED = 0, 1, 2
+
+
+class Status(c.Structure):
+    _fields_ = [("code", c.c_int), ("message", c.c_char * 508)]
+
+
+class Problem(c.Structure):
+    _fields_ = [
+        ("m", c.c_int64),
+        ("n", c.c_int64),
+        ("k", c.c_int64),
+        ("group_size", c.c_int64),
+        ("x_dtype", c.c_int),
+        ("out_dtype", c.c_int),
+        ("has_zeros", c.c_int32),
+        ("has_bias", c.c_int32),
+    ]
+
+
+class Operands(c.Structure):
+    _fields_ = [
+        *((name, c.c_void_p) for name in ("x", "qweight", "scales", "zeros", "bias", "out", "workspace")),
+        ("workspace_bytes", c.c_int64),
+        ("alpha", c.c_float),
+    ]
+
+
+class Device(c.Structure):
+    _fields_ = [("compute_capability", c.c_int32), ("num_sms", c.c_int32)]
+
+
+@pytest.fixture(scope="module")
+def library():
+    lib = c.CDLL(_w4a16.build_info()["library"])
+    for name in ("select", "can_implement", "workspace_bytes", "run_cpu", "pack_cpu", "dequantize_cpu", "run_cuda"):
+        getattr(lib, f"w4a16_{name}").restype = Status
+    lib.w4a16_version.restype = c.c_char_p
+    lib.w4a16_config_name.restype = c.c_char_p
+    return lib
+
+
+M, N, K, G = 2, 32, 128, 64
+
+
+class Call:
+    """A good call of w4a16_run_cpu: x of ones, codes 9, scales 1, so that every output is K."""
+
+    def __init__(self):
+        self.problem = Problem(M, N, K, G, F16, F16, 0, 0)
+        # numpy aligns large arrays only; the library wants 16 bytes.
+        self.arrays = {
+            "x": aligned(np.ones((M, K), np.float16)),
+            "qweight": aligned(np.full((K // 64, N // 16, 128), 0x99999999, np.uint32)),
+            "scales": aligned(np.ones((K // G, N), np.float16)),
+            "out": aligned(np.zeros((M, N), np.float16)),
+        }
+        self.operands = Operands(alpha=1.0, **{k: v.ctypes.data for k, v in self.arrays.items()})
+
+    def run(self, library):
+        return library.w4a16_run_cpu(c.byref(self.problem), c.byref(self.operands), None)
+
+
+def aligned(values):
+    raw = np.empty(values.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    out = raw[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    out[...] = values
+    return out
+
+
+def test_good_call(library):
+    call = Call()
+    status = call.run(library)
+    assert (status.code, status.message) == (OK, b"")
+    np.testing.assert_array_equal(call.arrays["out"], K)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("problem", "m", -1, "M = -1"),
+        ("problem", "n", -1, "N = -1"),
+        ("problem", "k", -1, "K = -1"),
+        ("problem", "m", 2**62, "M = "),
+        ("problem", "n", 2**62, "N = "),
+        ("problem", "k", 2**62, "K = "),
+        ("problem", "group_size", 0, "group_size = 0"),
+        ("problem", "group_size", -64, "group_size = -64"),
+        ("problem", "group_size", 33, "group_size = 33"),
+        ("problem", "group_size", 16, "group_size = 16"),
+        ("problem", "x_dtype", 3, "x_dtype = 3"),
+        ("problem", "x_dtype", -1, "x_dtype = -1"),
+        ("problem", "out_dtype", BF16, "out_dtype = 1"),
+        ("problem", "out_dtype", 7, "out_dtype = 7"),
+        ("problem", "has_zeros", 1, "zeros"),
+        ("problem", "has_bias", 1, "bias"),
+        ("operands", "x", None, "x: expected a pointer"),
+        ("operands", "qweight", None, "qweight: expected a pointer"),
+        ("operands", "scales", None, "scales: expected a pointer"),
+        ("operands", "out", None, "out: expected a pointer"),
+        ("operands", "x", 2, "x: expected an address aligned"),
+        ("operands", "qweight", 4, "qweight: expected an address aligned"),
+        ("operands", "scales", 2, "scales: expected an address aligned"),
+        ("operands", "out", 8, "out: expected an address aligned"),
+        ("operands", "workspace_bytes", -1, "workspace_bytes"),
+        ("operands", "workspace_bytes", 64, "workspace: expected a pointer"),
+    ],
+)
+def test_malformed_call(library, part, field, value, message):
+    call = Call()
+    target = getattr(call, part)
+    if part == "operands" and field != "workspace_bytes" and value is not None:
+        value += getattr(target, field)  # an offset that breaks the alignment
+    setattr(target, field, value)
+    status = call.run(library)
+    assert status.code == INVALID
+    assert message in status.message.decode()
+    np.testing.assert_array_equal(call.arrays["out"], 0)
+    test_good_call(library)
+
+
+def test_operand_that_the_problem_does_not_have(library):
+    for field in ("zeros", "bias"):
+        call = Call()
+        setattr(call.operands, field, call.operands.scales)
+        status = call.run(library)
+        assert status.code == INVALID
+        assert f"{field}: expected null" in status.message.decode()
+
+
+def test_null_structs(library):
+    call = Call()
+    assert library.w4a16_run_cpu(None, c.byref(call.operands), None).code == INVALID
+    assert library.w4a16_run_cpu(c.byref(call.problem), None, None).code == INVALID
+
+
+def test_select_through_c(library):
+    problem, device, config = Problem(1, 4096, 4096, 128, F16, F16, 0, 0), Device(90, 132), c.c_char_p()
+    status = library.w4a16_select(c.byref(problem), c.byref(device), c.c_int64(-1), c.byref(config))
+    assert status.code == OK
+    assert config.value is not None
+    assert config.value.decode() in _w4a16.build_info()["configs"]
+    device = Device(70, 80)
+    status = library.w4a16_select(c.byref(problem), c.byref(device), c.c_int64(-1), c.byref(config))
+    assert status.code == UNSUPPORTED
+    assert b"compute capability" in status.message
+
+
+def test_config_names(library):
+    assert library.w4a16_config_name(-1) is None
+    assert library.w4a16_config_name(library.w4a16_config_count()) is None
+    assert library.w4a16_config_name(0).decode() == _w4a16.build_info()["configs"][0]
+
+
+def test_version(library):
+    assert library.w4a16_version().decode() == _w4a16.build_info()["version"]
+
+
+def test_cuda_call_without_cuda(library):
+    if library.w4a16_has_cuda():
+        pytest.skip("this build has CUDA kernels")
+    call = Call()
+    status = library.w4a16_run_cuda(c.byref(call.problem), c.byref(call.operands), None, None)
+    assert status.code == UNSUPPORTED
+    assert b"no CUDA" in status.message
+
+
+def program(*args):
+    command = [_w4a16.build_info()["program"], *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_program_on_cpu():
+    done = program(3, 200, 300, "--group-size", 64, "--zeros", "--bias", "--config", "cpu", "--repeats", 2)
+    assert done.returncode == 0, done.stderr
+    assert "cpu_" in done.stdout
+    assert "check       ok" in done.stdout
+    assert "TFLOP/s" in done.stdout
+
+
+def test_program_sweep_and_json():
+    done = program(4, 64, 128, "--config", "cpu", "--repeats", 1, "--sweep", "--json", "--dtype", "bfloat16")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["M"] for r in rows] == [1, 2, 4]
+    assert all(r["right"] and r["dtype"] == "bfloat16" for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "expected M N K"),
+        ((1, 2), "expected M N K"),
+        (("a", 2, 3), "expected a number"),
+        ((1, -2, 3), "unknown argument -2"),
+        ((1, 2, 3, "--dtype", "int8"), "--dtype"),
+        ((1, 2, 3, "--nonsense"), "unknown argument"),
+        ((1, 2, 3, "--config"), "expected a value"),
+        ((1, 64, 64, "--group-size", 48), "group_size = 48"),
+    ],
+)
+def test_program_refuses(args, message):
+    done = program(*args)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (17, 576, 2112), (300, 1408, 1000), (64, 100, 333)])
+def test_program_on_gpu(shape, dtype):
+    for flags in ((), ("--zeros", "--bias", "--group-size", 32), ("--group-size", -1)):
+        done = program(*shape, "--dtype", dtype, "--repeats", 3, *flags)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "check       ok" in done.stdout
