@@ -40,10 +40,10 @@ struct Avx2 {
   static Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float Mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float Add(Float a, Float b) { return _mm256_add_ps(a, b); }
-  static float Sum(Float v) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  // out[i] = the sum of the lanes of the i-th argument.
+  static void Sum4(Float a, Float b, Float c, Float d, float* out) {
+    const Float sum = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)));
   }
 
   static Float Load(const void* p, w4a16_dtype dtype) {

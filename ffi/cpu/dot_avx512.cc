@@ -39,7 +39,19 @@ struct Avx512 {
   static Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float Mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float Add(Float a, Float b) { return _mm512_add_ps(a, b); }
-  static float Sum(Float v) { return _mm512_reduce_add_ps(v); }
+  // out[i] = the sum of the lanes of the i-th argument.
+  static void Sum4(Float a, Float b, Float c, Float d, float* out) {
+    const Float ab =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const Float cd =
+        _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    Float sum =
+        _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+    const Int first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, sum)));
+  }
 
   static Float Load(const void* p, w4a16_dtype dtype) {
     if (dtype == W4A16_F32) return _mm512_loadu_ps(p);

@@ -138,48 +138,65 @@ inline TailMask MakeTailMask(int64_t k) {
   return mask;
 }
 
-// acc += the blocks of one run, for kP pairs of columns and kM rows of x.
-template <class V, int kM, int kP, Span kSpan>
+// The sums of a tile of kM rows and kP pairs of columns: one vector each, summed four at a time.
+template <class V, int kM>
+struct Tile {
+  static constexpr int kFit = V::kAccumulators / (2 * kM);
+  static constexpr int kP = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+  static constexpr int kSize = (2 * kP * kM + 3) / 4 * 4;
+  static constexpr int At(int m, int r, int p) { return (m * 2 + r) * kP + p; }
+};
+
+// acc += the blocks of one run, for the pairs of columns from `pair0`, where `words` stands.
+template <class V, int kM, Span kSpan>
 inline __attribute__((always_inline)) void AddRun(const Run& run, const Columns& columns, int pair0,
                                                   const uint32_t* words, int64_t stride,
                                                   const float* x, const TailMask& tail,
-                                                  typename V::Float (&acc)[kP][2][kM]) {
-  typename V::Column column[kP][2];
-#pragma GCC unroll 4
-  for (int p = 0; p < kP; ++p) {
+                                                  typename V::Float (&acc)[Tile<V, kM>::kSize]) {
+  constexpr int kP = Tile<V, kM>::kP;
+  typename V::Column column[2][kP];
 #pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) {
+  for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kP; ++p) {
       const int n = pair0 + p + 8 * r;
-      column[p][r] = V::MakeColumn(columns.scale[run.lower][n], columns.zero[run.lower][n],
+      column[r][p] = V::MakeColumn(columns.scale[run.lower][n], columns.zero[run.lower][n],
                                    columns.scale[run.upper][n], columns.zero[run.upper][n]);
     }
   }
   for (int b = run.begin; b < run.end; ++b) {
     const uint32_t* block = words + b * stride;
     const float* xb = x + b * (kM * kBlockK);
+    // The next block in N: too short a stretch of each row of blocks is read for the hardware to
+    // foresee it.
+#pragma GCC unroll 4
+    for (int p = 0; p < kP; ++p) __builtin_prefetch(block + kBlockWords + p * kPairWords);
 #pragma GCC unroll 4
     for (int i = 0; i < kPairWords; i += V::kWidth) {
       typename V::Int w[kP];
 #pragma GCC unroll 4
       for (int p = 0; p < kP; ++p) w[p] = V::LoadWords(block + p * kPairWords + i);
-      if (i == 0) {
-#pragma GCC unroll 4
-        for (int p = 0; p < kP; ++p) __builtin_prefetch(block + kBlockWords + p * kPairWords);
-      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
+        typename V::Float weight[2][kP];
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
 #pragma GCC unroll 4
-        for (int p = 0; p < kP; ++p) {
+          for (int p = 0; p < kP; ++p) {
+            weight[r][p] = V::template Decode<kSpan != Span::kOneGroup>(w[p], column[r][p]);
+            if (kSpan == Span::kTail) weight[r][p] = V::And(weight[r][p], &tail.lane[j][i]);
+            w[p] = V::NextNibble(w[p]);
+          }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) {
+          const typename V::Float xm = V::LoadFloats(xb + m * kBlockK + j * kPairWords + i);
 #pragma GCC unroll 2
           for (int r = 0; r < 2; ++r) {
-            typename V::Float weight =
-                V::template Decode<kSpan != Span::kOneGroup>(w[p], column[p][r]);
-            if (kSpan == Span::kTail) weight = V::And(weight, &tail.lane[j][i]);
-            w[p] = V::NextNibble(w[p]);
-#pragma GCC unroll 8
-            for (int m = 0; m < kM; ++m) {
-              acc[p][r][m] = V::MulAdd(weight, V::LoadFloats(xb + m * kBlockK + j * kPairWords + i),
-                                       acc[p][r][m]);
+#pragma GCC unroll 4
+            for (int p = 0; p < kP; ++p) {
+              typename V::Float& sum = acc[Tile<V, kM>::At(m, r, p)];
+              sum = V::MulAdd(weight[r][p], xm, sum);
             }
           }
         }
@@ -192,37 +209,30 @@ inline __attribute__((always_inline)) void AddRun(const Run& run, const Columns&
 template <class V, int kM>
 void AddChunk(const Chunk& chunk, const Columns& columns, const uint32_t* words, int64_t stride,
               const float* x, const TailMask& tail, float* sums) {
-  constexpr int kP = V::kAccumulators / (2 * kM) >= 4   ? 4
-                     : V::kAccumulators / (2 * kM) >= 2 ? 2
-                                                        : 1;
-  for (int pair0 = 0; pair0 < kPairs; pair0 += kP) {
-    typename V::Float acc[kP][2][kM];
-#pragma GCC unroll 4
-    for (int p = 0; p < kP; ++p) {
-#pragma GCC unroll 2
-      for (int r = 0; r < 2; ++r) {
-#pragma GCC unroll 8
-        for (int m = 0; m < kM; ++m) acc[p][r][m] = V::Zero();
-      }
-    }
+  using T = Tile<V, kM>;
+  for (int pair0 = 0; pair0 < kPairs; pair0 += T::kP) {
+    typename V::Float acc[T::kSize];
+#pragma GCC unroll 16
+    for (int i = 0; i < T::kSize; ++i) acc[i] = V::Zero();
     const uint32_t* pair_words = words + pair0 * kPairWords;
     for (int i = 0; i < chunk.runs; ++i) {
       const Run& run = chunk.run[i];
       if (run.span == Span::kOneGroup) {
-        AddRun<V, kM, kP, Span::kOneGroup>(run, columns, pair0, pair_words, stride, x, tail, acc);
+        AddRun<V, kM, Span::kOneGroup>(run, columns, pair0, pair_words, stride, x, tail, acc);
       } else if (run.span == Span::kTwoGroups) {
-        AddRun<V, kM, kP, Span::kTwoGroups>(run, columns, pair0, pair_words, stride, x, tail, acc);
+        AddRun<V, kM, Span::kTwoGroups>(run, columns, pair0, pair_words, stride, x, tail, acc);
       } else {
-        AddRun<V, kM, kP, Span::kTail>(run, columns, pair0, pair_words, stride, x, tail, acc);
+        AddRun<V, kM, Span::kTail>(run, columns, pair0, pair_words, stride, x, tail, acc);
       }
     }
+    float total[T::kSize];
 #pragma GCC unroll 4
-    for (int p = 0; p < kP; ++p) {
-#pragma GCC unroll 2
+    for (int i = 0; i < T::kSize; i += 4)
+      V::Sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], total + i);
+    for (int m = 0; m < kM; ++m) {
       for (int r = 0; r < 2; ++r) {
-#pragma GCC unroll 8
-        for (int m = 0; m < kM; ++m)
-          sums[m * kStripCols + pair0 + p + 8 * r] += V::Sum(acc[p][r][m]);
+        for (int p = 0; p < T::kP; ++p)
+          sums[m * kStripCols + pair0 + p + 8 * r] += total[T::At(m, r, p)];
       }
     }
   }

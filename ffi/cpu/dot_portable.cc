@@ -35,7 +35,11 @@ struct Portable {
   static Float MulAdd(Float a, Float b, Float c) { return a * b + c; }
   static Float Mul(Float a, Float b) { return a * b; }
   static Float Add(Float a, Float b) { return a + b; }
-  static float Sum(Float v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  // out[i] = the sum of the lanes of the i-th argument.
+  static void Sum4(Float a, Float b, Float c, Float d, float* out) {
+    const Float v[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+  }
 
   static Float Load(const void* p, w4a16_dtype dtype) {
     if (dtype == W4A16_F32) return Read<Float>(p);
