@@ -398,13 +398,13 @@ def _dequantize_transpose(ct, qweight, scales, *rest, has_zeros, k, group_size, 
 
 def _batch(primitive: Primitive, operands, dims, **params):
     """One call for a mapped x, whose leading dimensions are rows anyway; else a loop over what is mapped."""
-    if primitive is dot_p and all(dim is batching.not_mapped for dim in dims[1:]):
+    if primitive is dot_p and all(dim is None for dim in dims[1:]):
         x, *rest = operands
         return primitive.bind(jnp.moveaxis(x, dims[0], 0), *rest, **params), 0
     mapped = {
         i: jnp.moveaxis(operand, dim, 0)
         for i, (operand, dim) in enumerate(zip(operands, dims, strict=True))
-        if dim is not batching.not_mapped
+        if dim is not None
     }
     one = lambda some: primitive.bind(*(some.get(i, operand) for i, operand in enumerate(operands)), **params)
     out = lax.map(one, mapped)

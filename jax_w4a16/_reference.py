@@ -64,7 +64,9 @@ def quantize(w, *, group_size, symmetric, scale_dtype):
         scales, scale = _rounded((high - low) * _ASYMMETRIC_STEP, scale_dtype)
         zero = jnp.where(scale == 0, 0.0, _clamp_code(jnp.rint(-low / scale)))
         zeros = zero.astype(scale_dtype)
-    scale, zero = scale[:, None], zero[:, None]
+    # XLA would multiply by the reciprocal of a scale that it sees broadcast, which rounds differently.
+    scale = lax.optimization_barrier(jnp.broadcast_to(scale[:, None], grouped.shape))
+    zero = zero[:, None]
     codes = jnp.where(scale == 0, zero, _clamp_code(jnp.rint(grouped / scale) + zero))
     codes = codes.reshape(groups * rows, n)[:k].astype(jnp.uint8)
     return _layout.pack(codes), scales, zeros

@@ -5,7 +5,7 @@ groups; then every device runs the kernel on its own part, and a split along K e
 What cannot be split so is gathered, with a warning.
 
 Axes of a mesh that are Auto: Shardy propagates shardings by a rule, and `partitioned` runs the parts.
-Axes that are Explicit: the operands' types say how they are split, and `explicit` runs the parts in shard_map.
+Axes that are Explicit: the operands' types say how they are split; `explicit` runs the parts in shard_map.
 Axes that are Manual: the caller has split the operands already.
 """
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import dispatch
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -50,15 +51,20 @@ def _varying(value) -> frozenset:
 def vary_alike(operands: Iterable) -> list:
     """Operands of one kernel inside shard_map, all made to vary over the axes over which any of them does.
 
-    XLA sees nothing of it; the transpose sums a cotangent over the axes that its operand did not vary over.
+    XLA sees nothing of it; the transpose sums a cotangent over the axes that its operand did not vary over,
+    and does so in float32.
     """
     operands = list(operands)
     axes = frozenset().union(*map(_varying, operands))
-    missing = [tuple(sorted(axes - _varying(operand))) for operand in operands]
-    return [
-        lax.pcast(operand, more, to="varying") if more else operand
-        for operand, more in zip(operands, missing, strict=True)
-    ]
+    return [_vary(operand, tuple(sorted(axes - _varying(operand)))) for operand in operands]
+
+
+def _vary(operand, axes: Axes):
+    if not axes:
+        return operand
+    if not jnp.issubdtype(operand.dtype, jnp.floating):
+        return lax.pcast(operand, axes, to="varying")
+    return lax.pcast(operand.astype(jnp.float32), axes, to="varying").astype(operand.dtype)
 
 
 def typed_like(aval, shape, dtype, spec):
@@ -95,11 +101,6 @@ class Weight:
         return 1 if self.n % _layout.BLOCK_N else max(self.n // _layout.BLOCK_N, 1)
 
 
-def _axes(spec, dim: int) -> Axes:
-    entry = spec[dim] if spec else None
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
 def _spec(*dims: Axes) -> P:
     return P(*(axes or None for axes in dims))
 
@@ -127,18 +128,23 @@ class Plan:
         return _spec(*self.lead, self.n) if "x" in names else _spec(self.k, self.n)
 
 
-def make_plan(weight: Weight, mesh, specs: dict[str, P], result: P | None = None) -> Plan:
-    """How to split a call whose operands, and result if known, come with these specs of full rank."""
+def make_plan(weight: Weight, mesh, specs: dict[str, P]) -> Plan:
+    """How to split a call whose operands (and "result", if known) come with these specs of full rank."""
     ways = lambda axes: math.prod(mesh.shape[axis] for axis in axes)
-    x = specs.get("x")
-    k = _axes(specs["qweight"], 0) or _axes(specs["scales"], 0) or _axes(x, -1)
+
+    def axes(name: str, dim: int) -> Axes:
+        entry = specs[name][dim] if name in specs else None
+        entry = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        return tuple(axis for axis in entry if mesh.shape[axis] > 1)
+
+    k = axes("qweight", 0) or axes("scales", 0) or axes("x", -1)
     if weight.units_k % ways(k):
         warn_once(
             f"w4a16: K = {weight.k} is not split {ways(k)} ways: each part would need whole groups of "
             f"{weight.group_size} and whole blocks of {_layout.BLOCK_K}; every device computes all of K"
         )
         k = ()
-    n = _axes(specs["qweight"], 1) or _axes(specs["scales"], 1) or _axes(result, -1)
+    n = axes("qweight", 1) or axes("scales", 1) or axes("result", -1)
     n = tuple(axis for axis in n if axis not in k)
     if weight.units_n % ways(n):
         warn_once(
@@ -146,8 +152,8 @@ def make_plan(weight: Weight, mesh, specs: dict[str, P], result: P | None = None
             f"{_layout.BLOCK_N} columns; every device computes all of N"
         )
         n = ()
-    dims = range(len(x) - 1) if x else ()
-    lead = tuple(tuple(axis for axis in _axes(x, i) if axis not in k + n) for i in dims)
+    dims = range(len(specs["x"]) - 1) if "x" in specs else ()
+    lead = tuple(tuple(axis for axis in axes("x", i) if axis not in k + n) for i in dims)
     return Plan(k, n, lead)
 
 
@@ -202,6 +208,19 @@ def _bare(dims: str) -> list[str]:
     return re.sub(r"\([^)]*\)", "", dims).split()
 
 
+def _decode(array, mesh) -> P:
+    """The PartitionSpec, of full rank, of XLA's sharding of an array; replicated where none expresses it.
+
+    Shardy may split a dimension over a part of a mesh axis, which a PartitionSpec cannot say.
+    """
+    ndim = len(array.shape)
+    try:
+        (spec,) = parse_flatten_op_sharding(array.sharding._to_xla_hlo_sharding(ndim), mesh)
+    except (AssertionError, ValueError, StopIteration):
+        spec = P()
+    return P(*spec, *(None,) * (ndim - len(spec)))
+
+
 def partitioned(ctx, weight: Weight, names: Sequence[str], local: Callable) -> Callable | None:
     """A function of the operands that lets Shardy split them; None where this program has nothing to split.
 
@@ -221,8 +240,8 @@ def partitioned(ctx, weight: Weight, names: Sequence[str], local: Callable) -> C
     whole = custom_partitioning(lambda *operands: local(*operands, reduce_over=()))
 
     def partition(mesh, arguments, result):
-        specs = {name: a.sharding.spec for name, a in zip(names, arguments, strict=True)}
-        plan = make_plan(weight, mesh, specs, result.sharding.spec)
+        arrays = dict(zip((*names, "result"), (*arguments, result), strict=True))
+        plan = make_plan(weight, mesh, {name: _decode(a, mesh) for name, a in arrays.items()})
 
         def part(*operands):
             # A mesh with Explicit axes would refuse the psum, whose axes are those of this function alone.
@@ -235,7 +254,7 @@ def partitioned(ctx, weight: Weight, names: Sequence[str], local: Callable) -> C
     def rule(mesh, operand_types, result_types):
         return _shardy_rule(weight, names, operand_types[0].rank)
 
-    whole.def_partition(partition=partition, sharding_rule=rule)
+    whole.def_partition(partition=partition, sharding_rule=rule, decode_shardings=False)
     return whole
 
 

@@ -1,0 +1,45 @@
+"""Eight CPU devices for the sharding tests, and the implementations that the oracles run over."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+import jax_w4a16
+from jax_w4a16 import _sharding
+
+IMPLEMENTATIONS = ("cpu", "reference", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def device_of(implementation: str) -> jax.Device:
+    """The device that an implementation runs on; skips the test where there is none."""
+    if implementation != "cuda":
+        return jax.devices("cpu")[0]
+    if not jax_w4a16.build_info()["cuda"]:
+        pytest.skip("this build has no CUDA kernels")
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError as error:
+        pytest.skip(f"no CUDA device: {error}")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """Each implementation, with its device as the default one."""
+    with jax.default_device(device_of(request.param)):
+        yield request.param
+
+
+@pytest.fixture(params=[p for p in IMPLEMENTATIONS if p != "reference"])
+def kernel(request):
+    """Each implementation that is a kernel."""
+    with jax.default_device(device_of(request.param)):
+        yield request.param
+
+
+@pytest.fixture
+def fresh_warnings(monkeypatch):
+    """Warnings that are given once can be given again."""
+    monkeypatch.setattr(_sharding, "_warned", set())
