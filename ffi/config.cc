@@ -1,5 +1,6 @@
 #include "config.h"
 
+#include <algorithm>
 #include <array>
 
 namespace w4a16 {
@@ -90,6 +91,18 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   return {};
 }
 
-int64_t WorkspaceBytes(const Problem&, const Device&, const Config&) { return 0; }
+// What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of CUTLASS counts for
+// clusters of one CTA: the last full wave and the partial one are cut along K, and each of their
+// tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
+int64_t WorkspaceBytes(const Problem& p, const Device& device, const Config& config) {
+  if (config.scheduler != Scheduler::kStreamK) return 0;
+  constexpr int64_t kMinTilesK = 8;  // with no more than these along K, nothing is cut
+  const int64_t tiles = CeilDiv(p.n, config.tile_n) * CeilDiv(p.m, config.tile_m);
+  const int64_t sms = std::max(device.num_sms, 1);
+  if (tiles % sms == 0 || BlocksK(p.k) <= kMinTilesK) return 0;
+  const int64_t cut_tiles = tiles - std::max<int64_t>(tiles / sms - 1, 0) * sms;
+  const auto align = [](int64_t bytes) { return CeilDiv(bytes, 128) * 128; };
+  return align(cut_tiles * config.tile_n * config.tile_m * 4) + align(cut_tiles * 2 * 4);
+}
 
 }  // namespace w4a16
