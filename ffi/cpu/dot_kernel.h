@@ -74,20 +74,20 @@ inline Chunk MakeChunk(const DotStrip& d, int64_t first_block, int blocks) {
   return chunk;
 }
 
+// `count` numbers of `src` from `offset`; reads no further.
 template <class V>
 inline void ToFloat(const void* src, w4a16_dtype dtype, int64_t offset, int count, float* dst) {
-  const int width = V::kWidth;
-  const char* bytes = static_cast<const char*>(src) + offset * (dtype == W4A16_F32 ? 4 : 2);
+  const int size = dtype == W4A16_F32 ? 4 : 2;
+  const char* from = static_cast<const char*>(src) + offset * size;
   int i = 0;
-  for (; i + width <= count; i += width)
-    V::Store(dst + i, V::Load(bytes + i * (dtype == W4A16_F32 ? 4 : 2), dtype));
-  if (i == count) return;
-  alignas(64) char rest[64] = {};
-  const int element = dtype == W4A16_F32 ? 4 : 2;
-  __builtin_memcpy(rest, bytes + i * element, (count - i) * element);
-  alignas(64) float values[16];
+  for (; i + V::kWidth <= count; i += V::kWidth) V::Store(dst + i, V::Load(from + i * size, dtype));
+  const int left = count - i;
+  if (left <= 0) return;
+  char rest[V::kWidth * sizeof(float)] = {};
+  float values[V::kWidth];
+  __builtin_memcpy(rest, from + i * size, left * size);
   V::Store(values, V::Load(rest, dtype));
-  for (int l = 0; i < count; ++i, ++l) dst[i] = values[l];
+  __builtin_memcpy(dst + i, values, left * sizeof(float));
 }
 
 template <class V>
@@ -205,10 +205,12 @@ inline __attribute__((always_inline)) void AddRun(const Run& run, const Columns&
   }
 }
 
-// sums[m][n] += one chunk of K, for a tile of kM rows and one block of columns.
+// sums[m][n] += one chunk of K, for a tile of kM rows and one block of columns. Never inlined: the
+// compiler then runs out of registers (GCC 12 made M = 1 half as fast).
 template <class V, int kM>
-void AddChunk(const Chunk& chunk, const Columns& columns, const uint32_t* words, int64_t stride,
-              const float* x, const TailMask& tail, float* sums) {
+__attribute__((noinline)) void AddChunk(const Chunk& chunk, const Columns& columns,
+                                        const uint32_t* words, int64_t stride, const float* x,
+                                        const TailMask& tail, float* sums) {
   using T = Tile<V, kM>;
   for (int pair0 = 0; pair0 < kPairs; pair0 += T::kP) {
     typename V::Float acc[T::kSize];
@@ -238,15 +240,11 @@ void AddChunk(const Chunk& chunk, const Columns& columns, const uint32_t* words,
   }
 }
 
-template <class V>
-using AddChunkFunction = void (*)(const Chunk&, const Columns&, const uint32_t*, int64_t,
-                                  const float*, const TailMask&, float*);
-
 // out = alpha * sum + bias, rounded once.
 template <class V>
 void WriteRow(const DotStrip& d, const float* sums, int row) {
-  const int element = d.out_dtype == W4A16_F32 ? 4 : 2;
-  char* out = static_cast<char*>(d.out) + row * d.stride * element;
+  const int size = d.out_dtype == W4A16_F32 ? 4 : 2;
+  char* out = static_cast<char*>(d.out) + row * d.stride * size;
   for (int col = 0; col < d.cols; col += V::kWidth) {
     const int count = d.cols - col < V::kWidth ? d.cols - col : V::kWidth;
     typename V::Float value = V::Mul(V::LoadFloats(sums + col), V::Broadcast(d.alpha));
@@ -256,31 +254,27 @@ void WriteRow(const DotStrip& d, const float* sums, int row) {
       value = V::Add(value, V::LoadFloats(bias));
     }
     if (count == V::kWidth) {
-      V::StoreAs(out + col * element, value, d.out_dtype);
+      V::StoreAs(out + col * size, value, d.out_dtype);
     } else {
-      alignas(64) char rest[64];
+      char rest[V::kWidth * sizeof(float)];
       V::StoreAs(rest, value, d.out_dtype);
-      __builtin_memcpy(out + col * element, rest, count * element);
+      __builtin_memcpy(out + col * size, rest, count * size);
     }
+  }
+}
+
+// AddChunk for a tile of `rows` rows, 1 <= rows <= kM.
+template <class V, int kM, class... Args>
+inline void AddChunkOfRows(int rows, const Args&... args) {
+  if (rows == kM) {
+    AddChunk<V, kM>(args...);
+  } else if constexpr (kM > 1) {
+    AddChunkOfRows<V, kM - 1>(rows, args...);
   }
 }
 
 template <class V>
 void DotOfStrip(const DotStrip& d) {
-  static_assert(V::kTileRows <= 8);
-  constexpr AddChunkFunction<V> kAddChunk[8] = {
-      AddChunk<V, 1>,
-      AddChunk<V, 2>,
-      AddChunk<V, 3>,
-      AddChunk<V, 4>,
-      V::kTileRows < 5 ? nullptr : AddChunk < V,
-      V::kTileRows < 5 ? 1 : 5 >,
-      V::kTileRows < 6 ? nullptr : AddChunk < V,
-      V::kTileRows < 6 ? 1 : 6 >,
-      V::kTileRows < 7 ? nullptr : AddChunk < V,
-      V::kTileRows < 7 ? 1 : 7 >
-      , V::kTileRows < 8 ? nullptr : AddChunk < V, V::kTileRows < 8 ? 1 : 8 >,
-  };
   alignas(64) float sums[kStripRows][kStripCols];
   __builtin_memset(sums, 0, d.rows * sizeof(sums[0]));
   const TailMask tail = MakeTailMask(d.k);
@@ -288,9 +282,8 @@ void DotOfStrip(const DotStrip& d) {
   const int64_t stride = d.blocks_n * kBlockWords;
   const int tiles = (d.rows + V::kTileRows - 1) / V::kTileRows;
   for (int64_t first = 0; first < blocks_k; first += kChunkBlocks) {
-    const int blocks =
-        static_cast<int>(blocks_k - first < kChunkBlocks ? blocks_k - first : kChunkBlocks);
-    const Chunk chunk = MakeChunk(d, first, blocks);
+    const int64_t left = blocks_k - first;
+    const Chunk chunk = MakeChunk(d, first, left < kChunkBlocks ? left : kChunkBlocks);
     for (int tile = 0; tile < tiles; ++tile) {
       const int row = TileBegin(tile, tiles, d.rows);
       const int rows = TileBegin(tile + 1, tiles, d.rows) - row;
@@ -299,7 +292,8 @@ void DotOfStrip(const DotStrip& d) {
         Columns columns;
         LoadColumns<V>(d, chunk, col, &columns);
         const uint32_t* words = d.qweight + first * stride + col / kBlockN * kBlockWords;
-        kAddChunk[rows - 1](chunk, columns, words, stride, x, tail, &sums[row][col]);
+        AddChunkOfRows<V, V::kTileRows>(rows, chunk, columns, words, stride, x, tail,
+                                        &sums[row][col]);
       }
     }
   }
