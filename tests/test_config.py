@@ -51,7 +51,14 @@ def test_select_accepts_every_m(n, k):
 
 def test_select_serves_every_variant():
     for m, n, k, group, dtype, f32, zeros, bias in itertools.product(
-        (1, 33, 300), (8, 100, 256), (8, 100, 192), (32, 64, 10**6), ("float16", "bfloat16"), (0, 1), (0, 1), (0, 1)
+        (1, 33, 300),
+        (8, 100, 256),
+        (8, 100, 192),
+        (32, 64, 10**6),
+        ("float16", "bfloat16"),
+        (0, 1),
+        (0, 1),
+        (0, 1),
     ):
         args = problem(
             m,

@@ -47,7 +47,15 @@ class Device(c.Structure):
 @pytest.fixture(scope="module")
 def library():
     lib = c.CDLL(_w4a16.build_info()["library"])
-    for name in ("select", "can_implement", "workspace_bytes", "run_cpu", "pack_cpu", "dequantize_cpu", "run_cuda"):
+    for name in (
+        "select",
+        "can_implement",
+        "workspace_bytes",
+        "run_cpu",
+        "pack_cpu",
+        "dequantize_cpu",
+        "run_cuda",
+    ):
         getattr(lib, f"w4a16_{name}").restype = Status
     lib.w4a16_version.restype = c.c_char_p
     lib.w4a16_config_name.restype = c.c_char_p
