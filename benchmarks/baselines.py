@@ -33,10 +33,11 @@ def tinygemm_pack(codes: Any, scales: Any, zeros: Any) -> tuple[Any, Any]:
     return weight, torch.stack([scales, offset], dim=-1).contiguous()
 
 
-def tinygemm(x: Any, weight: Any, scales_and_offsets: Any, group_size: int) -> Any:
-    """x bfloat16 [M, K] -> [M, N]."""
+def tinygemm(x: Any, packed: tuple[Any, Any], group_size: int) -> Any:
+    """x bfloat16 [M, K] and what tinygemm_pack returned -> [M, N]."""
     import torch  # pyright: ignore[reportMissingImports]
 
+    weight, scales_and_offsets = packed
     return torch.ops.aten._weight_int4pack_mm(x, weight, group_size, scales_and_offsets)
 
 

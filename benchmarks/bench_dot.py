@@ -27,13 +27,9 @@ from benchmarks.store import Store
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with shapes, tokens and dtypes parsed."""
-    parser = argparse.ArgumentParser(
-        "benchmarks.bench_dot", description=(__doc__ or "").split("\n", 1)[0]
-    )
+    parser = argparse.ArgumentParser("benchmarks.bench_dot", description=(__doc__ or "").split("\n", 1)[0])
     add_cells(parser)
-    parser.add_argument(
-        "--columns", type=lambda text: tuple(text.split(",")), default=store.COLUMNS
-    )
+    parser.add_argument("--columns", type=lambda text: tuple(text.split(",")), default=store.COLUMNS)
     parser.add_argument("--output", type=Path, help="default: results/<device>.json")
     parser.add_argument("--time-budget", type=float, default=360.0, help="seconds for all of it")
     parser.add_argument("--resume", action="store_true", help="measure only what is missing")
@@ -44,6 +40,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if unknown := set(options.columns) - set(store.COLUMNS):
         parser.error(f"--columns: unknown {sorted(unknown)}; expected some of {store.COLUMNS}")
+    if options.zeros:
+        options.columns = tuple(_columns(options, store.GRAPH_COLUMNS))
     if options.output is None:
         options.output = store.RESULTS / ("smoke.json" if options.smoke else "h200.json")
     return options
@@ -143,9 +141,7 @@ def _run_phase(options: argparse.Namespace) -> None:
         PHASES[options.phase](results, options)
     finally:
         seconds = results.header.setdefault("seconds", {})
-        seconds[options.phase] = round(
-            seconds.get(options.phase, 0) + time.monotonic() - begin, 1
-        )
+        seconds[options.phase] = round(seconds.get(options.phase, 0) + time.monotonic() - begin, 1)
         results.save()
 
 
@@ -177,8 +173,7 @@ def _summary(options: argparse.Namespace, statuses: dict[str, int]) -> int:
     results = Store(options.output, resume=True)
     report.print_summary(results.header, results.rows())
     left = {
-        column: sum(results.missing(cell, column) for cell in cells(options))
-        for column in options.columns
+        column: sum(results.missing(cell, column) for cell in cells(options)) for column in options.columns
     }
     left = {column: count for column, count in left.items() if count}
     for column, count in left.items():

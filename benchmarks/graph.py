@@ -1,8 +1,7 @@
 """The graph columns: kernels called through the C interface on torch tensors, checked, then timed."""
 
-import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
@@ -25,10 +24,12 @@ class WrongResult(Exception):
 
 
 def stream() -> int:
+    """The current CUDA stream, as the C interface takes it."""
     return torch.cuda.current_stream().cuda_stream
 
 
 def device_facts(library: Library) -> dict[str, Any]:
+    """What a results file says about the machine."""
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -44,25 +45,21 @@ class Layer:
     w float32 [K, N], dense [N, K] in x's type.
     """
 
-    def __init__(
-        self, library: Library, n: int, k: int, dtype: str, group_size: int, zeros: bool
-    ) -> None:
+    def __init__(self, library: Library, n: int, k: int, dtype: str, group_size: int, zeros: bool) -> None:
         self.library, self.n, self.k = library, n, k
         self.dtype, self.group_size = dtype, group_size
         self.torch_dtype = getattr(torch, dtype)
         random = torch.Generator(DEVICE).manual_seed(0)
         groups = math.ceil(k / group_size)
-        self.codes = torch.randint(
-            0, 16, (k, n), dtype=torch.uint8, device=DEVICE, generator=random
-        )
+        self.codes = torch.randint(0, 16, (k, n), dtype=torch.uint8, device=DEVICE, generator=random)
         # Outputs of standard normal activations come out near 1.
         spread = torch.rand((groups, n), device=DEVICE, generator=random) + 0.5
         self.scales = (spread / (4.6 * math.sqrt(k))).to(self.torch_dtype)
         self.zeros = None
         if zeros:
-            self.zeros = torch.randint(
-                0, 16, (groups, n), device=DEVICE, generator=random
-            ).to(self.torch_dtype)
+            self.zeros = torch.randint(0, 16, (groups, n), device=DEVICE, generator=random).to(
+                self.torch_dtype
+            )
         group = torch.arange(k, device=DEVICE) // group_size
         self.w = self.codes.float()
         self.w -= 8 if self.zeros is None else self.zeros.float()[group]
@@ -84,11 +81,10 @@ class Layer:
         self.library.pack_cuda(self.codes.data_ptr(), self.k, self.n, first.data_ptr(), stream())
         for part, offset, size in zip(parts, self.offsets[1:], sizes[1:], strict=True):
             first[offset : offset + size] = part.contiguous().view(torch.uint8).reshape(-1)
-        self.packed = [first] + [
-            first.clone() for _ in range(timing.plan_copies(copy_bytes) - 1)
-        ]
+        self.packed = [first] + [first.clone() for _ in range(timing.plan_copies(copy_bytes) - 1)]
 
     def activations(self, m: int) -> Any:
+        """Random [m, K]."""
         random = torch.Generator(DEVICE).manual_seed(m)
         x = torch.randn((m, self.k), device=DEVICE, generator=random)
         return x.to(self.torch_dtype)
@@ -98,10 +94,9 @@ class Layer:
         return torch.mm(x.float(), self.w)
 
     def problem(self, m: int) -> Problem:
+        """The static part of a call with m tokens."""
         code = native.DTYPES[self.dtype]
-        return Problem(
-            m, self.n, self.k, self.group_size, code, code, int(self.zeros is not None), 0
-        )
+        return Problem(m, self.n, self.k, self.group_size, code, code, int(self.zeros is not None), 0)
 
     def kernel(self, x: Any, out: Any, config: str, device: native.Device) -> Callable[[int], None]:
         """Call i runs `config` on packed copy i."""
@@ -137,13 +132,12 @@ class Layer:
 
         def call(i: int) -> None:
             packed = self.packed[i]
-            self.library.read_floor_cuda(
-                packed.data_ptr(), packed.numel(), sink.data_ptr(), stream()
-            )
+            self.library.read_floor_cuda(packed.data_ptr(), packed.numel(), sink.data_ptr(), stream())
 
         return timing.time_graphs({"floor": timing.Graph(call, len(self.packed))})["floor"]
 
     def dense_copies(self) -> list[Any]:
+        """`dense` and its copies."""
         if self._dense_copies is None:
             size = self.dense.numel() * self.dense.element_size()
             more = timing.plan_copies(size) - 1
@@ -151,6 +145,7 @@ class Layer:
         return self._dense_copies
 
     def tinygemm_copies(self) -> list[Any]:
+        """What baselines.tinygemm takes, and its copies."""
         if self._tinygemm_copies is None:
             first = baselines.tinygemm_pack(self.codes, self.scales, self.zeros)
             self._tinygemm_copies = [first] + [
@@ -194,16 +189,26 @@ def checked_kernel(
 
 
 def warm_up() -> None:
-    """Brings the clocks up."""
+    """Brings the clocks up; float32 products, the reference, are exact from here on."""
+    torch.set_float32_matmul_precision("highest")
     x = torch.randn((4096, 4096), device=DEVICE)
     for _ in range(20):
         torch.mm(x, x)
     torch.cuda.synchronize()
 
 
-def _measure_cell(
-    store: Store, layer: Layer, cell: Cell, device: native.Device, columns: list[str]
-) -> None:
+def layers(library: Library, todo: list[Cell]) -> Iterator[tuple[Layer, Cell]]:
+    """Each cell with its layer, which neighbours in the list share."""
+    layer, layer_key = None, None
+    for cell in todo:
+        key = (cell.n, cell.k, cell.dtype, cell.group_size, cell.zeros)
+        if layer is None or key != layer_key:
+            torch.cuda.empty_cache()
+            layer, layer_key = Layer(library, *key), key
+        yield layer, cell
+
+
+def _measure_cell(store: Store, layer: Layer, cell: Cell, device: native.Device, columns: list[str]) -> None:
     x = layer.activations(cell.m)
     out = torch.empty((cell.m, cell.n), dtype=layer.torch_dtype, device=DEVICE)
     check = Check(layer, x)
@@ -225,9 +230,9 @@ def _measure_cell(
     if "tinygemm_us" in columns:
         try:
             packed = layer.tinygemm_copies()
-            check(baselines.tinygemm(x, *packed[0], cell.group_size), _TINYGEMM_ERROR_RATIO)
+            check(baselines.tinygemm(x, packed[0], cell.group_size), _TINYGEMM_ERROR_RATIO)
             graphs["tinygemm_us"] = timing.Graph(
-                lambda i: baselines.tinygemm(x, *packed[i], cell.group_size), len(packed)
+                lambda i: baselines.tinygemm(x, packed[i], cell.group_size), len(packed)
             )
         except (WrongResult, RuntimeError) as error:
             store.fail(cell, "tinygemm_us", str(error).splitlines()[0])
@@ -240,25 +245,19 @@ def measure(
     store: Store, library: Library, todo: list[Cell], columns: list[str], out_of_time: Callable
 ) -> None:
     """Fills the graph columns of `todo`, which lists a layer's cells one after the other."""
-    torch.backends.cuda.matmul.allow_tf32 = False
     device = library.current_device()
     warm_up()
-    progress = Progress(len(todo), "graphs")
-    layer, floor_us, layer_key = None, None, None
-    for cell in todo:
+    work = [cell for cell in todo if any(store.missing(cell, column) for column in columns)]
+    progress = Progress(len(work), "graphs")
+    measured, floor_us = None, None
+    for layer, cell in layers(library, work):
         if out_of_time():
             break
         wanted = [column for column in columns if store.missing(cell, column)]
-        if wanted:
-            key = (cell.n, cell.k, cell.dtype, cell.group_size, cell.zeros)
-            if layer is None or key != layer_key:
-                layer = None
-                gc.collect()
-                torch.cuda.empty_cache()
-                layer, layer_key = Layer(library, *key), key
-                floor_us = layer.floor_us() if "floor_us" in columns else None
-            if "floor_us" in wanted:
-                store.update(cell, floor_us=floor_us)
-            _measure_cell(store, layer, cell, device, wanted)
+        if "floor_us" in wanted:
+            if layer is not measured:
+                measured, floor_us = layer, layer.floor_us()
+            store.update(cell, floor_us=floor_us)
+        _measure_cell(store, layer, cell, device, wanted)
         progress.step(f"{cell.n}x{cell.k} {cell.dtype} M={cell.m}")
     store.save()

@@ -95,10 +95,11 @@ class Weights:
 def _dequantize(group_size: int, codes: jax.Array, scales: jax.Array) -> jax.Array:
     k, n = codes.shape
     w = codes.astype(scales.dtype) - 8
-    return (w.reshape(-1, group_size, n) * scales[:, None, :]).reshape(k, n)
+    return (w.reshape(-1, min(group_size, k), n) * scales[:, None, :]).reshape(k, n)
 
 
 def device_facts() -> dict[str, Any]:
+    """What a results file says about the machine."""
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -119,13 +120,16 @@ def _measure_group(
     """Compiles the programs of one column and dtype side by side, then times them one by one."""
     dtype = group[0].dtype
     dot, copies = weights.column(column, dtype)
+    key = jax.random.key(0)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), copies)
 
     def build(cell: Cell):
         calls = timing.plan_chain(_expected_us(column, cell) + 3)
+        make_x = jax.jit(partial(jax.random.normal, shape=(cell.m, cell.k), dtype=jnp.dtype(dtype)))
+        make_x = make_x.lower(key).compile()
         x = jax.ShapeDtypeStruct((cell.m, cell.k), dtype)
         program = jax.jit(chain(dot, calls), donate_argnums=0)
-        return calls, program.lower(x, shapes).compile()
+        return calls, make_x, program.lower(x, shapes).compile()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = [pool.submit(build, cell) for cell in group]
@@ -138,8 +142,8 @@ def _measure_group(
         if error is not None:
             store.fail(cell, column, str(error).splitlines()[0])
             continue
-        calls, program = future.result()
-        x = jax.random.normal(jax.random.key(cell.m), (cell.m, cell.k), jnp.dtype(dtype))
+        calls, make_x, program = future.result()
+        x = make_x(key)
         seconds, x, out = timing.time_steps(lambda x, program=program: program(x, copies), x)
         us = seconds / calls * 1e6
         why = weights.check(x, out, dtype)

@@ -7,10 +7,14 @@ DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 
 
 class Status(Structure):
+    """w4a16_status."""
+
     _fields_ = [("code", c_int), ("message", c_char * 508)]
 
 
 class Problem(Structure):
+    """w4a16_problem."""
+
     _fields_ = [
         ("m", c_int64),
         ("n", c_int64),
@@ -24,6 +28,8 @@ class Problem(Structure):
 
 
 class Operands(Structure):
+    """w4a16_operands."""
+
     _fields_ = [
         ("x", c_void_p),
         ("qweight", c_void_p),
@@ -38,6 +44,8 @@ class Operands(Structure):
 
 
 class Device(Structure):
+    """w4a16_device."""
+
     _fields_ = [("compute_capability", c_int32), ("num_sms", c_int32)]
 
 
@@ -52,19 +60,21 @@ _STATUS_FUNCTIONS = {
     "w4a16_workspace_bytes": [POINTER(Problem), POINTER(Device), c_char_p, POINTER(c_int64)],
     "w4a16_run_cuda": [POINTER(Problem), POINTER(Operands), c_char_p, c_void_p],
     "w4a16_pack_cuda": [c_void_p, c_int64, c_int64, c_void_p, c_void_p],
-    "w4a16_dequantize_cuda": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64]
-    + [c_int, c_void_p, c_void_p],
-    "w4a16_quantize_cuda": [c_void_p, c_int, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p]
-    + [c_void_p, c_void_p],
+    "w4a16_dequantize_cuda": [
+        c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p,
+    ],
+    "w4a16_quantize_cuda": [
+        c_void_p, c_int, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p, c_void_p,
+    ],
     "w4a16_read_floor_cuda": [c_void_p, c_int64, c_void_p, c_void_p],
-}
+}  # fmt: skip
 
 
 def find_library() -> str:
     """Path of the shared library that the installed jax_w4a16 ships; raises ImportError."""
-    from jax_w4a16 import _w4a16
+    import jax_w4a16
 
-    return str(_w4a16.build_info()["library"])
+    return jax_w4a16.build_info()["library"]
 
 
 class Library:
@@ -90,22 +100,27 @@ class Library:
 
     @property
     def version(self) -> str:
+        """The library's version."""
         return self._lib.w4a16_version().decode()
 
     @property
     def has_cuda(self) -> bool:
+        """Whether it was built with CUDA kernels."""
         return bool(self._lib.w4a16_has_cuda())
 
     def config_names(self) -> list[str]:
+        """All compiled configurations."""
         count = self._lib.w4a16_config_count()
         return [self._lib.w4a16_config_name(i).decode() for i in range(count)]
 
     def current_device(self) -> Device:
+        """The current CUDA device."""
         device = Device()
         self._call("w4a16_current_device", device)
         return device
 
     def select(self, problem: Problem, device: Device, workspace_limit: int = -1) -> str:
+        """The configuration that the library would choose."""
         config = c_char_p()
         self._call("w4a16_select", problem, device, workspace_limit, config)
         assert config.value is not None
@@ -120,14 +135,17 @@ class Library:
         return None
 
     def workspace_bytes(self, problem: Problem, device: Device, config: str) -> int:
+        """Workspace that `config` needs."""
         size = c_int64()
         self._call("w4a16_workspace_bytes", problem, device, config.encode(), size)
         return size.value
 
     def run_cuda(self, problem: Problem, operands: Operands, config: bytes, stream: int) -> None:
+        """w4a16_run_cuda."""
         self._call("w4a16_run_cuda", problem, operands, config, stream)
 
     def pack_cuda(self, codes: int, k: int, n: int, qweight: int, stream: int) -> None:
+        """w4a16_pack_cuda."""
         self._call("w4a16_pack_cuda", codes, k, n, qweight, stream)
 
     def dequantize_cuda(
@@ -143,6 +161,7 @@ class Library:
         out: int,
         stream: int,
     ) -> None:
+        """w4a16_dequantize_cuda."""
         self._call(
             "w4a16_dequantize_cuda", qweight, scales, zeros, DTYPES[scale_dtype], k, n, group_size,
             DTYPES[out_dtype], out, stream,
@@ -161,10 +180,12 @@ class Library:
         zeros: int | None,
         stream: int,
     ) -> None:
+        """w4a16_quantize_cuda."""
         self._call(
             "w4a16_quantize_cuda", w, DTYPES[w_dtype], k, n, group_size, DTYPES[scale_dtype],
             qweight, scales, zeros, stream,
         )  # fmt: skip
 
     def read_floor_cuda(self, data: int, size: int, sink: int, stream: int) -> None:
+        """w4a16_read_floor_cuda."""
         self._call("w4a16_read_floor_cuda", data, size, sink, stream)

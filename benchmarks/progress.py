@@ -8,6 +8,8 @@ _LOG_EVERY_S = 10.0
 
 
 class Progress:
+    """Counts finished items out of a total."""
+
     def __init__(self, total: int, title: str):
         self._total, self._title, self._done = max(total, 1), title, 0
         self._begin = time.monotonic()

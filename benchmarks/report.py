@@ -1,6 +1,6 @@
 """Tables and plots from a results file, and the README's part that shows them.
 
-    python -m benchmarks.report [results/h200.json] [--readme README.md] [--no-plots]
+python -m benchmarks.report [results/h200.json] [--readme README.md] [--no-plots]
 """
 
 import argparse
@@ -16,8 +16,8 @@ from benchmarks.shapes import limit_us, weight_bytes
 
 Row = Mapping[str, Any]
 
-BEGIN = "<!-- benchmarks: begin (python -m benchmarks.report) -->"
-END = "<!-- benchmarks: end -->"
+BEGIN = "<!-- results -->"
+END = "<!-- /results -->"
 SPEEDUP_PLOT = "speedup.svg"
 LIMIT_PLOT = "limit.svg"
 LARGE_M = 512  # from here on the measure is dense_us / us
@@ -127,11 +127,7 @@ def markdown(header: Mapping[str, Any], rows: Sequence[Row], plots: str) -> str:
     table = []
     for m in _tokens(rows):
         cells = [
-            _text(
-                geomean(
-                    values((r for r in rows if r["M"] == m and r["dtype"] == dtype), measure)
-                )
-            )
+            _text(geomean(values((r for r in rows if r["M"] == m and r["dtype"] == dtype), measure)))
             for _, measure in columns
             for dtype in dtypes
         ]
@@ -151,9 +147,9 @@ def markdown(header: Mapping[str, Any], rows: Sequence[Row], plots: str) -> str:
     groups = ", ".join(str(g) for g in sorted({row["group_size"] for row in rows}))
     return "\n".join(
         [
-            f"{header.get('device')}, {versions}, {str(header.get('date'))[:10]}; group size {groups}; geometric "
-            f"means over {shapes} weight shapes of Llama-3 8B and 70B; weights cold. Limit: the larger of reading "
-            "the packed weight once and 2MNK operations at 790 TFLOP/s.",
+            f"{header.get('device')}, {versions}, {str(header.get('date'))[:10]}; group size {groups}; "
+            f"geometric means over {shapes} weight shapes of Llama-3 8B and 70B; weights cold. Limit: the "
+            "larger of reading the packed weight once and 2MNK operations at 790 TFLOP/s.",
             "",
             *lines,
             "",
@@ -224,7 +220,9 @@ def draw(header: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[P
             panel.grid(linewidth=0.3)
             panel.set_ylim(bottom=0)
         panels[0][0].set_ylabel(title)
-        panels[0][-1].legend(fontsize=7, title="N x K", title_fontsize=7)
+        panels[0][-1].legend(
+            fontsize=7, title="N x K", title_fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5)
+        )
         figure.suptitle(f"{header.get('device')}, {title}", fontsize=11)
         figure.tight_layout()
         path = folder / name

@@ -84,9 +84,7 @@ def cells(
     zeros: bool = False,
 ) -> list[Cell]:
     """Every combination, shape by shape, so that a shape's weights are built once."""
-    return [
-        Cell(s.n, s.k, m, dtype, group_size, zeros) for s in shapes for dtype in dtypes for m in tokens
-    ]
+    return [Cell(s.n, s.k, m, dtype, group_size, zeros) for s in shapes for dtype in dtypes for m in tokens]
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:

@@ -35,9 +35,7 @@ class Store:
             content = json.loads(path.read_text())
             self.header = content["header"]
             for row in content["rows"]:
-                cell = Cell(
-                    row["N"], row["K"], row["M"], row["dtype"], row["group_size"], row["zeros"]
-                )
+                cell = Cell(row["N"], row["K"], row["M"], row["dtype"], row["group_size"], row["zeros"])
                 self._rows[cell] = row
 
     def describe(self, facts: dict[str, Any]) -> None:
@@ -52,9 +50,11 @@ class Store:
             self.header[name] = value
 
     def missing(self, cell: Cell, column: str) -> bool:
+        """Whether a column that exists for a cell has no figure yet."""
         return applicable(column, cell) and self._rows.get(cell, {}).get(column) is None
 
     def update(self, cell: Cell, **values: Any) -> None:
+        """Sets columns of a cell's row."""
         row = self._rows.setdefault(
             cell,
             {
@@ -80,9 +80,11 @@ class Store:
         failures.append({"cell": list(cell), "column": column, "why": why})
 
     def rows(self) -> list[dict[str, Any]]:
+        """All rows, in the order they were first set."""
         return list(self._rows.values())
 
     def save(self) -> None:
+        """Writes the file whole, so that a reader never sees half of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join("  " + json.dumps(row) for row in self._rows.values())
         header = json.dumps(self.header, indent=2).replace("\n", "\n ")
