@@ -1,13 +1,14 @@
-"""Reads a build log with `-Xptxas -v` and fails if a kernel spills or ptxas warns (C75xx: serialised wgmma)."""
+"""Reads a build log with `-Xptxas -v`; fails if a kernel spills or ptxas warns (C75xx: serialised wgmma)."""
 
 import re
 import sys
+from pathlib import Path
 
 
 def main(path: str) -> int:
     """Prints each defect and the number of kernels seen; returns the exit status."""
     kernels, defects, kernel = 0, [], "?"
-    for line in open(path, encoding="utf-8", errors="replace"):
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             kernel, kernels = f"{match[1]} ({match[2]})", kernels + 1
         elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):

@@ -50,15 +50,9 @@ def test_select_accepts_every_m(n, k):
 
 
 def test_select_serves_every_variant():
+    flag = (False, True)
     for m, n, k, group, dtype, f32, zeros, bias in itertools.product(
-        (1, 33, 300),
-        (8, 100, 256),
-        (8, 100, 192),
-        (32, 64, 10**6),
-        ("float16", "bfloat16"),
-        (0, 1),
-        (0, 1),
-        (0, 1),
+        (1, 33, 300), (8, 100, 256), (8, 100, 192), (32, 64, 10**6), ("float16", "bfloat16"), flag, flag, flag
     ):
         args = problem(
             m,
@@ -67,8 +61,8 @@ def test_select_serves_every_variant():
             group_size=group,
             x_dtype=dtype,
             out_dtype="float32" if f32 else dtype,
-            has_zeros=bool(zeros),
-            has_bias=bool(bias),
+            has_zeros=zeros,
+            has_bias=bias,
         )
         config, _ = _w4a16.select(**args, **HOPPER)
         assert _w4a16.can_implement(config, **args, **HOPPER) is None

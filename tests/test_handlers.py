@@ -1,7 +1,7 @@
 """Malformed FFI calls: the handlers check everything again, since a module may be hand-written.
 
-Every case is one wrong thing in an otherwise good call. It must raise with a message that names the operand, and
-the good call right after it must give the right result.
+Every case is one wrong thing in an otherwise good call. It must raise with a message that names the operand,
+and the good call right after it must give the right result.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def check_good(call: Call) -> None:
 
 
 def dot_cases():
-    x, q, s, z, b = (DOT.operands[k] for k in ("x", "qweight", "scales", "zeros", "bias"))
+    q, s, z, b = (DOT.operands[k] for k in ("qweight", "scales", "zeros", "bias"))
     operand = {
         "x_rank_0": ("out", {"x": array(())}),
         "x_k_short": ("qweight", {"x": array((M, K - 64))}),
