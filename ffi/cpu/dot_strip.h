@@ -1,4 +1,4 @@
-// What Dot hands to the kernel of one instruction set. The files dot_<isa>.cc are compiled with
+// What Dot hands to the kernel of one instruction set. The files dot_avx*.cc are compiled with
 // that set's flags, so they must define no function of external linkage that another file might
 // define too (an inline function, a template of the standard library): the linker would keep one
 // copy, and that one may need an instruction the machine lacks. They include this header,
@@ -52,6 +52,6 @@ extern const DotKernel kDotAvx512;
 #endif
 
 // First row of tile `index`.
-constexpr int TileBegin(int index, int tiles, int rows) { return index * rows / tiles; }
+static constexpr int TileBegin(int index, int tiles, int rows) { return index * rows / tiles; }
 
 }  // namespace w4a16::cpu
