@@ -138,6 +138,14 @@ struct WgmmaShape {
       kPipelineBytes > kEpilogueBytes ? kPipelineBytes : kEpilogueBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 1) * 8;
 
+  __device__ static uint32_t Full(uint32_t shared, int slot) {
+    return shared + kBarrierOffset + 8 * slot;
+  }
+  __device__ static uint32_t Empty(uint32_t shared, int slot) {
+    return Full(shared, kStages + slot);
+  }
+  __device__ static uint32_t Received(uint32_t shared) { return Full(shared, 2 * kStages); }
+
   static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
   static_assert(kSharedBytes <= kSharedPerSm);
   // Several CTAs of small tiles hide each other's start and end.
@@ -151,52 +159,72 @@ struct WgmmaShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks blocks. One thread.
+// Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks blocks. One converged
+// warp.
 template <typename T, typename Shape>
-__device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p, char* shared,
-                                     uint64_t* full, uint64_t* empty, int begin, int end, int n0,
-                                     int m0, int scale_shift) {
+__device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
+                                     uint32_t shared, int begin, int end, int n0, int m0,
+                                     int scale_shift) {
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
-  const int64_t blocks_n = CeilDiv(p.n, kBlockN);
-  const uint32_t code_bytes =
-      min(static_cast<int>(Shape::kTileN / kBlockN), static_cast<int>(blocks_n - n0 / kBlockN)) *
-      kBlockBytes;
+  const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
+  const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
   const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
-  const char* codes =
-      reinterpret_cast<const char*>(p.qweight) + static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
-  const T* scales = static_cast<const T*>(p.scales) + n0;
-  const T* zeros = static_cast<const T*>(p.zeros) + n0;
-  // Codes are read once unless several token tiles share them; x is read by every tile of rows.
+  const int64_t code_stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
+  const char* codes = reinterpret_cast<const char*>(p.qweight) +
+                      begin * Shape::kBlocks * code_stride +
+                      static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
+  // Codes and scales are read once unless several token tiles share them; every tile of rows reads
+  // x.
   const uint64_t keep = ptx::PolicyEvictLast();
-  const uint64_t code_policy = p.tiles_m == 1 ? ptx::PolicyEvictFirst() : keep;
+  const uint64_t weight_policy = p.tiles_m == 1 ? ptx::PolicyEvictFirst() : keep;
+
+  // The group of the next row of scales, and where along K that row and the group after it start.
+  int row_k = begin * Shape::kBlocks * kBlockK;
+  int group = min(row_k / p.group_size, p.groups - 1);
+  int64_t next_group_k = static_cast<int64_t>(group + 1) * p.group_size;
+  const T* scales = static_cast<const T*>(p.scales) + static_cast<int64_t>(group) * p.n + n0;
+  const T* zeros = static_cast<const T*>(p.zeros) + static_cast<int64_t>(group) * p.n + n0;
 
   int slot = 0;
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
   for (int chunk = begin; chunk < end; ++chunk) {
-    const int block0 = chunk * Shape::kBlocks;
-    const int blocks = min(Shape::kBlocks, blocks_k - block0);
+    const int blocks = min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks);
     const int rows = ((2 * blocks - 1) >> scale_shift) + 1;
-    ptx::MbarrierWait(&empty[slot], parity);  // S2
-    ptx::MbarrierArriveExpectTx(&full[slot], blocks * (Shape::kXBytes + code_bytes) +
-                                                 rows * row_bytes * (Shape::kHasZeros ? 2 : 1));
-    for (int b = 0; b < blocks; ++b) {
+    const uint32_t full = Shape::Full(shared, slot);
+    ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
+    const bool elected = ptx::ElectOne();
+    if (elected)
+      ptx::MbarrierArriveExpectTx(full, blocks * (Shape::kXBytes + code_bytes) +
+                                            rows * row_bytes * (Shape::kHasZeros ? 2 : 1));
+#pragma unroll
+    for (int b = 0; b < Shape::kBlocks; ++b) {
+      if (b >= blocks) break;
       const int place = slot * Shape::kBlocks + b;
-      ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes,
-                    codes + (block0 + b) * blocks_n * kBlockBytes, code_bytes, &full[slot],
-                    code_policy);
-      ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
-                        (block0 + b) * kBlockK, m0, &full[slot], keep);
+      if (elected) {
+        ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
+                      full, weight_policy);
+        ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
+                          (chunk * Shape::kBlocks + b) * kBlockK, m0, full, keep);
+      }
+      codes += code_stride;
     }
     for (int row = 0; row < rows; ++row) {
       // Codes beyond K meet zeros of x; they take the last group's scale.
-      const int group =
-          min((block0 * kBlockK + (row << scale_shift) * 32) / p.group_size, p.groups - 1);
+      if (row_k >= next_group_k && group + 1 < p.groups) {
+        ++group;
+        next_group_k += p.group_size;
+        scales += p.n;
+        zeros += p.n;
+      }
+      row_k += 32 << scale_shift;
       const int place = slot * Shape::kScaleRows + row;
-      ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes,
-                    scales + static_cast<int64_t>(group) * p.n, row_bytes, &full[slot], keep);
-      if constexpr (Shape::kHasZeros)
-        ptx::BulkLoad(shared + Shape::kZeroOffset + place * Shape::kRowBytes,
-                      zeros + static_cast<int64_t>(group) * p.n, row_bytes, &full[slot], keep);
+      if (elected) {
+        ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes, scales, row_bytes,
+                      full, weight_policy);
+        if constexpr (Shape::kHasZeros)
+          ptx::BulkLoad(shared + Shape::kZeroOffset + place * Shape::kRowBytes, zeros, row_bytes,
+                        full, weight_policy);
+      }
     }
     if (++slot == Shape::kStages) {
       slot = 0;
@@ -205,81 +233,88 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
   }
 }
 
+#ifndef KG
+#define KG 4
+#endif
 // One consumer thread's way through the stages.
 template <typename T, typename Shape>
 struct Consumer {
   using T2 = typename Pair<T>::Type;
+  static constexpr int kGroup = KG, kRing = KG == 4 ? 2 : 4 / KG;
 
-  char* shared;
-  uint64_t* full;
-  uint64_t* empty;
-  int row;          // in the tile: of registers a[0] and a[2]; a[1] and a[3] hold row + 8
-  int code_offset;  // of the lane's 16 bytes in a block row of the tile
+  uint32_t shared;
+  uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
+  uint32_t scales;  // the scale of its row, of registers a[0] and a[2]; a[1] and a[3] hold row + 8
   int scale_shift;
+  bool releases;  // the lane that arrives for its warp
   int slot = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
-  uint32_t a[2][16];
+  uint32_t a[kRing][4 * kGroup];
 
-  __device__ inline T2 Splat(int offset, int scale_row, int half) const {
-    const T* values = reinterpret_cast<const T*>(
-        shared + offset + (slot * Shape::kScaleRows + scale_row) * Shape::kRowBytes);
-    const T value = values[row + 8 * half];
-    return T2(value, value);
+  __device__ static inline T2 Splat(uint16_t bits) {
+    const uint32_t both = bits * 0x10001u;
+    return reinterpret_cast<const T2&>(both);
   }
 
-  // a[kBuffer] = T((code - zero) * scale) of block `b` of the stage.
-  template <int kBuffer>
-  __device__ inline void Dequantize(int b) {
-    const uint4 words = *reinterpret_cast<const uint4*>(
-        shared + Shape::kCodeOffset + (slot * Shape::kBlocks + b) * Shape::kCodeBytes +
-        code_offset);
+  __device__ inline void Release(int used) {
+    if (releases) ptx::MbarrierArrive(Shape::Empty(shared, used));  // S2
+  }
+  __device__ inline int Previous() const { return slot == 0 ? Shape::kStages - 1 : slot - 1; }
+
+  // Block kBlock of the current stage.
+  template <int kBlock, int kParity>
+  __device__ inline void Step(bool release_previous) {
+    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
+                                           kBlock * Shape::kCodeBytes);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    T2 scale[2], zero[2];
-    int scale_row = -1;
+    const uint32_t scale_base = scales + slot * (Shape::kScaleRows * Shape::kRowBytes);
+    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
+                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
+    uint16_t scale[2], zero[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // of the block: 32 codes
-      if (const int wanted = (2 * b + half) >> scale_shift; wanted != scale_row) {
-        scale_row = wanted;
+    for (int step = 0; step < 4; ++step) {
+      const int group = step / kGroup, ring = kGroup == 4 ? kParity : group;
+      if (step == 0 || (step == 2 && scale_shift == 0)) {
+        const uint32_t row =
+            scale_base + ((2 * kBlock + step / 2) >> scale_shift) * Shape::kRowBytes;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          scale[r] = Splat(Shape::kScaleOffset, scale_row, r);
-          if constexpr (Shape::kHasZeros) zero[r] = Splat(Shape::kZeroOffset, scale_row, r);
+          scale[r] = ptx::LoadShared16(row + 16 * r);
+          if constexpr (Shape::kHasZeros)
+            zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
         }
       }
+      if (kGroup != 4 && step % kGroup == 0) {
+        ptx::WgmmaWait<kRing - 1>();
+        ptx::KeepAlive(a[ring]);
+        if (group == kRing - 1 && release_previous) Release(Previous());
+      }
+      uint32_t unscaled[4];
+      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : 8>(word[step], unscaled);
 #pragma unroll
-      for (int step = 2 * half; step < 2 * half + 2; ++step) {
-        uint32_t codes[4];
-        Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : 8>(word[step], codes);
+      for (int i = 0; i < 4; ++i) {
+        T2 value = reinterpret_cast<const T2&>(unscaled[i]);
+        if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
+        value = __hmul2(value, Splat(scale[i & 1]));
+        a[ring][4 * (step % kGroup) + i] = reinterpret_cast<const uint32_t&>(value);
+      }
+      if (step % kGroup == kGroup - 1) {
+        ptx::WgmmaFence(a[ring]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          T2 value = reinterpret_cast<const T2&>(codes[i]);
-          if constexpr (Shape::kHasZeros) value = __hsub2(value, zero[i & 1]);
-          value = __hmul2(value, scale[i & 1]);
-          a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
+        for (int s = step + 1 - kGroup; s <= step; ++s)
+          ptx::Wgmma<T, Shape::kTileM>(acc, &a[ring][4 * (s % kGroup)], x + 2 * s);
+        ptx::WgmmaCommit();
+        if (kGroup == 4) {
+          ptx::WgmmaWait<1>();  // S3
+          ptx::KeepAlive(a[ring ^ (kGroup == 4)]);
+          if (release_previous) Release(Previous());
         }
       }
     }
   }
 
-  // Block `b` of the current stage: dequantised while the previous block's wgmmas run.
-  template <int kBuffer>
-  __device__ inline void Step(int b, bool release_previous) {
-    Dequantize<kBuffer>(b);
-    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
-                                                 (slot * Shape::kBlocks + b) * Shape::kXBytes);
-    ptx::WgmmaFence(a[kBuffer]);
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-      ptx::Wgmma<T, Shape::kTileM>(acc, &a[kBuffer][4 * step], x + 2 * step);
-    ptx::WgmmaCommit();
-    ptx::WgmmaWait<1>();  // S3
-    ptx::KeepAlive(a[kBuffer ^ 1]);
-    if (release_previous && threadIdx.x % 32 == 0)
-      ptx::MbarrierArrive(&empty[slot == 0 ? Shape::kStages - 1 : slot - 1]);  // S2
-  }
-
-  __device__ inline void Acquire() { ptx::MbarrierWait(&full[slot], parity); }  // S1
+  __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
 
   __device__ inline void Advance() {
     if (++slot == Shape::kStages) {
@@ -292,28 +327,28 @@ struct Consumer {
   // it.
   __device__ inline void Run(int blocks) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) a[0][i] = a[1][i] = 0;
+    for (int i = 0; i < kRing * 4 * kGroup; ++i) a[i / (4 * kGroup)][i % (4 * kGroup)] = 0;
     int i = 0;
     for (; i + 2 <= blocks; i += 2) {
       Acquire();
-      Step<0>(0, i > 0);
+      Step<0, 0>(i > 0);
       if constexpr (Shape::kBlocks == 1) {
         Advance();
         Acquire();
-        Step<1>(0, true);
+        Step<0, 1>(true);
       } else {
-        Step<1>(1, false);
+        Step<1, 1>(false);
       }
       Advance();
     }
     if (i < blocks) {
       Acquire();
-      Step<0>(0, i > 0);
+      Step<0, 0>(i > 0);
     }
     ptx::WgmmaWait<0>();
-    ptx::KeepAlive(a[0]);
-    ptx::KeepAlive(a[1]);
-    ptx::KeepAlive(acc);
+#pragma unroll
+    for (int r = 0; r < kRing; ++r) ptx::KeepAlive(a[r]);
+    ptx::Settle(acc);
   }
 };
 
@@ -344,7 +379,7 @@ __device__ inline void StoreEight(const WgmmaParams& p, int token, int n, float 
 // From the accumulators to `out`, through shared memory and, if kSplitK > 1, the cluster.
 template <typename T, typename Shape>
 __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
-                                  char* shared, uint64_t* received, int rank, int n0, int m0) {
+                                  char* shared, int rank, int n0, int m0) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   float* partial = reinterpret_cast<float*>(shared);
   if constexpr (Shape::kSplitK > 1) ptx::ClusterArrive();  // S5
@@ -359,11 +394,12 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
     ptx::ClusterWait();      // S5
   }
   ptx::NamedBarrier(1, Shape::kConsumers);
-  char* inbox = shared + Shape::kPartialBytes;  // slices of the other ranks, in rank order
+  const char* inbox = shared + Shape::kPartialBytes;  // slices of the other ranks, in rank order
   if constexpr (Shape::kSplitK > 1) {
+    const uint32_t here = ptx::SharedAddress(shared), received = Shape::Received(here);
     if (thread < Shape::kSplitK && thread != rank)
-      ptx::BulkSend(inbox + (rank - (rank > thread)) * Shape::kSliceBytes,
-                    shared + thread * Shape::kSliceBytes, Shape::kSliceBytes, received, thread);
+      ptx::BulkSend(here + Shape::kPartialBytes + (rank - (rank > thread)) * Shape::kSliceBytes,
+                    here + thread * Shape::kSliceBytes, Shape::kSliceBytes, received, thread);
     ptx::MbarrierWait(received, 0);  // S6
     __syncwarp();
     ptx::ClusterArrive();  // S7
@@ -412,22 +448,22 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     GemmWgmma(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) char shared[];
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared + Shape::kBarrierOffset);
-  uint64_t* empty = full + Shape::kStages;
-  uint64_t* received = empty + Shape::kStages;
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  extern __shared__ __align__(1024) char storage[];
+  const uint32_t shared = ptx::SharedAddress(storage);
+  const int lane = threadIdx.x % 32;
+  // The shuffle tells the compiler that a warp's threads agree on their role.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   if (threadIdx.x == Shape::kConsumers) {
     ptx::PrefetchTensorMap(&x_map);
     for (int i = 0; i < Shape::kStages; ++i) {
-      ptx::MbarrierInit(&full[i], 1);
-      ptx::MbarrierInit(&empty[i], Shape::kConsumers / 32);
+      ptx::MbarrierInit(Shape::Full(shared, i), 1);
+      ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kConsumers / 32);
     }
-    ptx::MbarrierInit(received, 1);
+    ptx::MbarrierInit(Shape::Received(shared), 1);
     ptx::FenceMbarrierInit();
     if constexpr (Shape::kSplitK > 1)
-      ptx::MbarrierArriveExpectTx(received, (Shape::kSplitK - 1) * Shape::kSliceBytes);
+      ptx::MbarrierArriveExpectTx(Shape::Received(shared),
+                                  (Shape::kSplitK - 1) * Shape::kSliceBytes);
   }
   __syncthreads();
 
@@ -446,8 +482,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 
   if (warp >= Shape::kConsumers / 32) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
-    if (threadIdx.x == Shape::kConsumers)
-      ProduceStages<T, Shape>(x_map, p, shared, full, empty, begin, end, n0, m0, scale_shift);
+    if (warp == Shape::kConsumers / 32)
+      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift);
     if constexpr (Shape::kSplitK > 1) {
       __syncwarp();
       ptx::ClusterArrive();  // S5
@@ -459,14 +495,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
     Consumer<T, Shape> consumer{
         .shared = shared,
-        .full = full,
-        .empty = empty,
-        .row = 16 * warp + lane / 4,
-        .code_offset = warp * kBlockBytes + lane * 16,
+        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
+        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
         .scale_shift = scale_shift,
+        .releases = lane == 0,
     };
     consumer.Run(min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k));
-    FinishTile<T, Shape>(p, consumer.acc, shared, received, rank, n0, m0);
+    FinishTile<T, Shape>(p, consumer.acc, storage, rank, n0, m0);
   }
 #else
   __trap();

@@ -1,5 +1,6 @@
 // Thin wrappers of the Hopper (sm_90a) instructions that gemm_wgmma.cuh is made of: mbarriers, bulk
 // and tensor copies, clusters, wgmma. One instruction each; the ordering rules are the caller's.
+// Shared memory is named by its 32-bit address.
 #pragma once
 
 #include <cuda.h>
@@ -15,11 +16,39 @@ __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+__device__ inline uint4 LoadShared128(uint32_t shared) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
+}
+
+__device__ inline uint16_t LoadShared16(uint32_t shared) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
+  return v;
+}
+
+// True in one thread of a converged warp; unlike a test of the lane, known to be so at compile
+// time.
+__device__ inline bool ElectOne() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // --- mbarrier ---
 
-__device__ inline void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
-               "r"(arrivals));
+__device__ inline void MbarrierInit(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
 // Makes initialised barriers visible to the async proxy and to the cluster.
@@ -27,26 +56,24 @@ __device__ inline void FenceMbarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ inline void MbarrierArrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+__device__ inline void MbarrierArrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ inline void MbarrierArriveExpectTx(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
-      "r"(bytes)
-      : "memory");
+__device__ inline void MbarrierArriveExpectTx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 
 // Waits for the phase of the given parity to complete.
-__device__ inline void MbarrierWait(uint64_t* barrier, uint32_t parity) {
+__device__ inline void MbarrierWait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "retry:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra retry;\n"
-      "}\n" ::"r"(SharedAddress(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -70,38 +97,38 @@ __device__ inline void PrefetchTensorMap(const CUtensorMap* map) {
 }
 
 // `bytes` and both addresses are multiples of 16.
-__device__ inline void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
-                                uint64_t policy) {
+__device__ inline void BulkLoad(uint32_t shared, const void* global, uint32_t bytes,
+                                uint32_t barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(shared)),
-      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 
 // The box of `map` whose origin is element (inner, outer).
-__device__ inline void TensorLoad2d(void* shared, const CUtensorMap* map, int inner, int outer,
-                                    uint64_t* barrier, uint64_t policy) {
+__device__ inline void TensorLoad2d(uint32_t shared, const CUtensorMap* map, int inner, int outer,
+                                    uint32_t barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(SharedAddress(shared)),
-      "l"(map), "r"(inner), "r"(outer), "r"(SharedAddress(barrier)), "l"(policy)
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "l"(policy)
       : "memory");
 }
 
 // Own shared memory to that of cluster rank `rank`; `shared_there` and `barrier` are given as the
 // addresses of the same objects in the calling CTA.
-__device__ inline void BulkSend(void* shared_there, const void* shared_here, uint32_t bytes,
-                                uint64_t* barrier, uint32_t rank) {
+__device__ inline void BulkSend(uint32_t shared_there, uint32_t shared_here, uint32_t bytes,
+                                uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
-      ".reg .b32 there, barrier;\n"
+      ".reg .b32 there, barrier_there;\n"
       "mapa.shared::cluster.u32 there, %0, %4;\n"
-      "mapa.shared::cluster.u32 barrier, %3, %4;\n"
+      "mapa.shared::cluster.u32 barrier_there, %3, %4;\n"
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
-      " [there], [%1], %2, [barrier];\n"
-      "}\n" ::"r"(SharedAddress(shared_there)),
-      "r"(SharedAddress(shared_here)), "r"(bytes), "r"(SharedAddress(barrier)), "r"(rank)
+      " [there], [%1], %2, [barrier_there];\n"
+      "}\n" ::"r"(shared_there),
+      "r"(shared_here), "r"(bytes), "r"(barrier), "r"(rank)
       : "memory");
 }
 
@@ -157,25 +184,27 @@ __device__ inline void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps register operands alive, hence their registers unused by anything else, up to this point.
-template <typename T, int kRegisters>
-__device__ inline void KeepAlive(T (&r)[kRegisters]) {
+// Keeps register operands alive up to this point, hence their registers unused by anything else.
+template <int kRegisters>
+__device__ inline void KeepAlive(const uint32_t (&r)[kRegisters]) {
 #pragma unroll
-  for (int i = 0; i < kRegisters; ++i) {
-    if constexpr (std::is_same_v<T, float>)
-      asm volatile("" : "+f"(r[i])::"memory");
-    else
-      asm volatile("" : "+r"(r[i])::"memory");
-  }
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" ::"r"(r[i]) : "memory");
+}
+
+// Pins later reads of accumulators below this point.
+template <int kRegisters>
+__device__ inline void Settle(float (&r)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
 // Descriptor of a K-major operand in shared memory with the 128-byte swizzle: rows of 64 16-bit
 // values, eight rows to a 1024-byte atom. `shared` is aligned to 1024 bytes. Adding 2 to a
 // descriptor moves it by 16 values (32 bytes) along K.
-__device__ inline uint64_t DescriptorSwizzle128(const void* shared) {
+__device__ inline uint64_t DescriptorSwizzle128(uint32_t shared) {
   constexpr uint64_t kStrideBytes = 1024, kSwizzle128 = 1;
-  return ((SharedAddress(shared) & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
-         ((kStrideBytes >> 4) << 32) | (kSwizzle128 << 62);
+  return ((shared & 0x3ffff) >> 4) | (uint64_t{1} << 16) | ((kStrideBytes >> 4) << 32) |
+         (kSwizzle128 << 62);
 }
 
 #define W4A16_ACC8(i)                                                                         \
