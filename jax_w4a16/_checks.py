@@ -3,9 +3,9 @@
 import numbers
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from jax_w4a16 import _layout
 
@@ -46,12 +46,11 @@ def floating(name: str, value: Any) -> None:
 def float_dtype(name: str, value: Any) -> np.dtype:
     """`value` as a dtype, one of the three that the library computes with."""
     try:
-        result = jnp.dtype(value)
+        if jnp.dtype(value) in FLOATS:
+            return jnp.dtype(value)
     except TypeError:
-        result = None
-    if result not in FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {value!r}")
-    return result
+        pass
+    raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {value!r}")
 
 
 def integer(name: str, value: Any) -> int:
@@ -63,7 +62,7 @@ def integer(name: str, value: Any) -> int:
 
 def real(name: str, value: Any) -> float:
     """A finite number that is known now (it becomes part of the program), rounded to float32."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, core.Tracer):
         raise TypeError(f"{name}: expected a number, got a traced value; multiply the result by it instead")
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -96,10 +95,15 @@ def infer_group_size(k: int, groups: int) -> int:
     return k // groups
 
 
-def weight(qweight: Any, scales: Any, zeros: Any, k: int, size: Any) -> int:
-    """Checks the arrays of one weight with k rows; returns its group size, K where it is per column."""
+def packed(qweight: Any) -> None:
+    """Type and rank of packed codes."""
     dtype("qweight", array("qweight", qweight), jnp.uint32)
     rank("qweight", qweight, 3)
+
+
+def weight(qweight: Any, scales: Any, zeros: Any, k: int, size: Any) -> int:
+    """Checks the arrays of one weight with k rows; returns its group size, K where it is per column."""
+    packed(qweight)
     rank("scales", array("scales", scales), 2)
     floating("scales", scales)
     groups, n = scales.shape

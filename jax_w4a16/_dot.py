@@ -62,7 +62,8 @@ def dot(
     if len(x.shape) < 1:
         raise ValueError(f"x: expected shape [..., K], got {tuple(x.shape)}")
     k = x.shape[-1]
-    if isinstance(qw, QuantizedWeight) and len(qweight.shape) == 3 and k != qw.in_features:
+    _checks.packed(qweight)
+    if isinstance(qw, QuantizedWeight) and k != qw.in_features:
         raise ValueError(f"x: expected shape [..., K = {qw.in_features}], got {tuple(x.shape)}")
     size = _checks.weight(qweight, scales, zeros, k, group_size)
     n = scales.shape[1]

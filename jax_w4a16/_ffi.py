@@ -1,7 +1,8 @@
 """Loads the compiled module, checks it against the running jaxlib, registers its FFI targets."""
 
-import functools
+import importlib
 import re
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -25,13 +26,12 @@ def runtime_ffi_minor() -> int | None:
 
 def _load():
     try:
-        from jax_w4a16 import _w4a16
+        return importlib.import_module("jax_w4a16._w4a16")
     except ImportError as error:
         raise ImportError(
             f"jax_w4a16: the compiled module jax_w4a16._w4a16 did not load ({error}); "
             "install the package with pip, which builds it"
         ) from error
-    return _w4a16
 
 
 def check_runtime(built: int, running: int | None) -> None:
@@ -41,13 +41,13 @@ def check_runtime(built: int, running: int | None) -> None:
     """
     if running is not None and running < built:
         raise ImportError(
-            f"jax_w4a16 was built for XLA FFI 0.{built}, but jaxlib {jax.lib.__version__} has 0.{running}; "
+            f"jax_w4a16 was built for XLA FFI 0.{built}, but jaxlib {metadata.version('jaxlib')} has 0.{running}; "
             "install a newer jax, or build jax_w4a16 against this jaxlib"
         )
 
 
-@functools.cache
 def _register() -> None:
+    # XLA takes the same handler under the same name again, as when this module is reloaded.
     for platform, targets in native.registrations().items():
         for target, handler in targets.items():
             jax.ffi.register_ffi_target(target, handler, platform=platform)

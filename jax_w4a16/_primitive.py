@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
@@ -147,7 +147,7 @@ def _pack_type(codes, **_):
 def _custom_call(ctx, target: str, operands, *, workspace_bytes: int = 0, **attributes):
     avals_out = list(ctx.avals_out)
     if workspace_bytes:
-        avals_out.append(jax.core.ShapedArray((workspace_bytes,), jnp.uint8))
+        avals_out.append(core.ShapedArray((workspace_bytes,), jnp.uint8))
     results = jax.ffi.ffi_lowering(target)(ctx.replace(avals_out=avals_out), *operands, **attributes)
     return results[: len(ctx.avals_out)]
 
@@ -340,7 +340,7 @@ def _dot_transpose(ct, x, qweight, scales, *rest, has_zeros, has_bias, group_siz
     if has_bias:
         raise NotImplementedError("w4a16_dot with a bias is not linear; transpose it without")
     zeros = rest[0] if has_zeros else None
-    results = [None] * (3 + len(rest))
+    results: list[Any] = [None] * (3 + len(rest))
     if type(ct) is ad.Zero:
         return results
     implementation = params["implementation"]
@@ -382,7 +382,7 @@ def _dequantize_jvp(primals, tangents, *, has_zeros, k, group_size, dtype, imple
 
 
 def _dequantize_transpose(ct, qweight, scales, *rest, has_zeros, k, group_size, dtype, implementation):
-    results = [None] * (2 + len(rest))
+    results: list[Any] = [None] * (2 + len(rest))
     if type(ct) is not ad.Zero:
         ones = jnp.ones(scales.aval.shape, scales.aval.dtype)
         codes = dequantize(

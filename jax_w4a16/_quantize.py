@@ -59,8 +59,9 @@ def dequantize(qweight, scales, zeros=None, dtype=None, *, group_size: int | Non
     Raises:
       TypeError, ValueError: an argument is not as described.
     """
+    _checks.packed(qweight)
     if in_features is None:
-        in_features = _checks.array("qweight", qweight).shape[0] * _layout.BLOCK_K if qweight.shape else 0
+        in_features = qweight.shape[0] * _layout.BLOCK_K
     k = _checks.integer("in_features", in_features)
     if k < 0:
         raise ValueError(f"in_features: expected at least 0, got {k}")

@@ -93,7 +93,7 @@ class Weight:
     def units_k(self) -> int:
         """K may be split into a divisor of this number: whole blocks, whole groups, no padding."""
         whole = self.k % _layout.BLOCK_K == 0 and self.k % self.group_size == 0
-        return math.gcd(self.k // _layout.BLOCK_K, self.num_groups) if whole else 1
+        return math.gcd(self.k // _layout.BLOCK_K, self.num_groups) if whole and self.k else 1
 
     @property
     def units_n(self) -> int:

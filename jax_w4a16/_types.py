@@ -78,12 +78,18 @@ class QuantizedWeight:
         if self.k < 0:
             raise ValueError(f"QuantizedWeight.k: expected at least 0, got {self.k}")
         lead = _checks.array("qweight", self.qweight).shape[:-3]
+        if len(self.qweight.shape) < 3:
+            raise ValueError(
+                f"qweight: expected at least 3 dimensions, got shape {tuple(self.qweight.shape)}"
+            )
         one = lambda a: a if a is None else jax.ShapeDtypeStruct(a.shape[len(lead) :], a.dtype)
-        for name in ("scales", "zeros"):
-            a = getattr(self, name)
-            if (a is not None or name == "scales") and _checks.array(name, a).shape[: len(lead)] != lead:
+        for name, value in (("scales", self.scales), ("zeros", self.zeros)):
+            if value is None and name == "zeros":
+                continue
+            shape = tuple(_checks.array(name, value).shape)
+            if shape[: len(lead)] != lead:
                 raise ValueError(
-                    f"{name}: expected the leading dimensions of qweight, {lead}, got shape {tuple(a.shape)}"
+                    f"{name}: expected the leading dimensions of qweight, {lead}, got shape {shape}"
                 )
         _checks.weight(
             one(self.qweight), one(self.scales), one(self.zeros), self.in_features, self.group_size

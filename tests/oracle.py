@@ -1,11 +1,10 @@
-"""The independent oracle: NumPy in float64, its own packer, and seeded cases. No code of the package runs here."""
+"""The independent oracle: NumPy in float64, its own packer, seeded cases. No code of the package runs here."""
 
 import dataclasses
 import random
 
 import ml_dtypes
 import numpy as np
-
 import shapes
 
 BLOCK_K, BLOCK_N, BLOCK_WORDS = 64, 16, 128
@@ -117,8 +116,8 @@ def product(case: Case, ops: Operands) -> np.ndarray:
 def check_close(case: Case, ops: Operands, got: np.ndarray) -> None:
     """`got` is at most twice as wrong as rounding the weight to 16 bits and summing in float32 would be.
 
-    Checked for the largest error of all and for each row's norm. Where few products make a sum, that rounding may
-    be lucky; it then counts as what it is expected to be.
+    Checked for the largest error of all and for each row's norm. Where few products make a sum, that rounding
+    may be lucky; it then counts as what it is expected to be.
     """
     want = product(case, ops)
     assert got.shape == want.shape, f"{case}: shape {got.shape}"
@@ -141,10 +140,10 @@ def check_close(case: Case, ops: Operands, got: np.ndarray) -> None:
 
 
 def exact_grid(case: Case) -> Operands:
-    """Operands whose every partial sum is an integer below 2^24 times a power of two: any order gives the same bits.
+    """Operands whose partial sums are all integers below 2^24 times one power of two: any order, the same bits.
 
-    x is -2..2 and scales are powers of two, so that a sum of up to 1024 products is also exact in float32 when the
-    scale is applied to the weight or to the sum.
+    x is -2..2 and scales are powers of two, so that a sum of up to 1024 products is also exact in float32,
+    whether the scale is applied to the weight or to the sum.
     """
     rng = np.random.default_rng([case.seed, case.m, case.k, case.n, 1])
     ops = operands(case)
@@ -159,7 +158,7 @@ def exact_grid(case: Case) -> Operands:
 
 
 def fuzz(count: int, seed: int, dtypes=shapes.DTYPES, max_size: int = 1024) -> list[Case]:
-    """Cases with independent sizes; about one in five is aligned, the others cross some edge or are degenerate."""
+    """Cases with independent sizes; one in five is aligned, the others cross an edge or are degenerate."""
     rng = random.Random(seed)
     cases = []
     for i in range(count):

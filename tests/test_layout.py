@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jax_w4a16
-import oracle
 from jax_w4a16 import _layout, _primitive
 
 SHAPES = [(64, 16), (1, 1), (63, 15), (65, 17), (128, 32), (200, 40), (0, 16), (64, 0), (500, 100), (1, 300)]

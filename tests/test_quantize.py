@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+import shapes
 
 import jax_w4a16
-import oracle
-import shapes
 from jax_w4a16 import _primitive, _reference
 
 SHAPES = [(64, 16), (200, 40), (1, 1), (33, 17), (256, 64), (0, 8), (8, 0), (1000, 24)]
@@ -66,7 +66,7 @@ def test_quantize_follows_the_rule(implementation, dtype, scale_dtype, symmetric
 
 
 def special_weight():
-    """Columns: zero, too small for a 16-bit scale, NaN, infinite, all positive, all negative, one value, huge."""
+    """Columns: zero, too small for float16, NaN, infinite, all positive, all negative, one value, huge."""
     w = weight((64, 8), "float32", 3)
     w[:, 0] = 0
     w[:, 1] *= 1e-9
