@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs the fuzz program under compute-sanitizer on a machine with a GPU, after negative controls that must fail.
+#
+#   sanitize.sh BUILD_FOLDER [CASES_PER_FAMILY]
+set -uo pipefail
+build=$1
+cases=${2:-40}
+failed=0
+
+check() { # check LABEL WANTED_STATUS COMMAND...
+  local label=$1 wanted=$2
+  shift 2
+  local log
+  log=$(mktemp)
+  "$@" >"$log" 2>&1
+  local status=$?
+  local found
+  found=$(grep -c -E '=========  *(Invalid|Error|Race|Potential)' "$log")
+  local summary
+  summary=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -1 | sed 's/========= //')
+  if { [ "$wanted" = clean ] && [ $status -eq 0 ]; } || { [ "$wanted" = faulty ] && [ $status -ne 0 ]; }; then
+    echo "ok      $label: ${summary:-exit status $status} $(grep -E '^fuzz:' "$log")"
+  else
+    echo "FAILED  $label: wanted $wanted, exit status $status, $found findings"
+    head -60 "$log"
+    failed=1
+  fi
+  rm -f "$log"
+}
+
+memcheck=(compute-sanitizer --tool memcheck --error-exitcode 9)
+racecheck=(compute-sanitizer --tool racecheck --racecheck-report all --error-exitcode 9)
+
+check "memcheck, negative control" faulty "${memcheck[@]}" "$build/tests/native/sanitizer_control" oob
+check "racecheck, negative control" faulty "${racecheck[@]}" "$build/tests/native/sanitizer_control" race
+for family in decode wgmma cutlass; do
+  fuzz=("$build/tests/native/fuzz" --device cuda --cases "$cases" --family "$family")
+  check "memcheck, $family" clean "${memcheck[@]}" "${fuzz[@]}"
+  check "racecheck, $family" clean "${racecheck[@]}" "${fuzz[@]}"
+done
+check "memcheck, program" clean "${memcheck[@]}" "$build/w4a16" 64 4096 4096 --sweep --repeats 0
+exit $failed
