@@ -40,8 +40,9 @@ def check_runtime(built: int, running: int | None) -> None:
     Registered all the same, such handlers would stop every JAX backend from starting.
     """
     if running is not None and running < built:
+        jaxlib = f"jaxlib {metadata.version('jaxlib')}"
         raise ImportError(
-            f"jax_w4a16 was built for XLA FFI 0.{built}, but jaxlib {metadata.version('jaxlib')} has 0.{running}; "
+            f"jax_w4a16 was built for XLA FFI 0.{built}, but {jaxlib} has 0.{running}; "
             "install a newer jax, or build jax_w4a16 against this jaxlib"
         )
 

@@ -1,4 +1,4 @@
-"""The independent oracle: NumPy in float64, its own packer, seeded cases. No code of the package runs here."""
+"""The independent oracle: NumPy in float64, own packer, seeded cases. No code of the package runs here."""
 
 import dataclasses
 import random
@@ -140,7 +140,7 @@ def check_close(case: Case, ops: Operands, got: np.ndarray) -> None:
 
 
 def exact_grid(case: Case) -> Operands:
-    """Operands whose partial sums are all integers below 2^24 times one power of two: any order, the same bits.
+    """Operands whose partial sums are integers below 2^24 times one power of two: any order, same bits.
 
     x is -2..2 and scales are powers of two, so that a sum of up to 1024 products is also exact in float32,
     whether the scale is applied to the weight or to the sum.

@@ -79,7 +79,7 @@ def test_listed_weights_reach_the_kernel_as_they_are():
 
 
 def test_scanned_weights_are_sliced_and_nothing_else():
-    """On a CPU XLA copies the layer's slice, packed, once; nothing else is done to codes, nor to the stack."""
+    """On a CPU XLA copies the layer's slice, packed, once; nothing else is done to codes or stack."""
     _, stack = layers()
     hlo = jax.jit(scanned).lower(jnp.asarray(X, jnp.bfloat16), stack).compile().as_text()
     codes = [(kind, op) for kind, op, _ in instructions(hlo) if kind.startswith("u32")]
