@@ -1,0 +1,105 @@
+"""The command line: python -m jax_w4a16 {demo,info,verify}."""
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+import jax
+
+from jax_w4a16 import _config, _ffi, _verify, demo
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _info() -> int:
+    build = _ffi.build_info()
+    architectures = ", ".join(build["cuda_architectures"]) if build["cuda"] else "none"
+    runtime = _ffi.runtime_ffi_minor()
+    rows = {
+        "jax_w4a16": f"{build['version']}, XLA FFI 0.{build['ffi_minor']}",
+        "CUDA kernels": architectures,
+        "CPU kernels": build["cpu_instruction_set"],
+        "library": build["library"],
+        "program": build["program"],
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "jax": jax.__version__,
+        "jaxlib": _installed("jaxlib") + ("" if runtime is None else f", XLA FFI 0.{runtime}"),
+        "flax": _installed("flax"),
+        "tokenizers": _installed("tokenizers"),
+        "safetensors": _installed("safetensors"),
+    }
+    for name, value in rows.items():
+        print(f"{name:14}{value}")
+    print("\ndevices")
+    for device in jax.devices():
+        print(f"  {device}  {device.device_kind}")
+
+    print("\nkernels")
+    kernels = _verify.kernels()
+    width = max(len(kernel.name) for kernel in kernels)
+    for kernel in kernels:
+        print(f"  {kernel.name:{width}}  {_serves(kernel)}")
+    if not any(kernel.implementation == "cuda" for kernel in kernels):
+        why = "there is no CUDA device" if build["cuda"] else "this build has none"
+        print(f"  no CUDA kernel: {why}")
+    return 0
+
+
+def _serves(kernel: _verify.Kernel) -> str:
+    """Whether a kernel can run here at all; else why not, for a problem that suits every kernel."""
+    reasons = []
+    for m in (1, 64, 4096):
+        problem = _config.Problem(m, 4096, 4096, 128, "bfloat16", "bfloat16", False, False)
+        reasons.append(_verify.refusal(kernel, problem))
+    return "ok" if None in reasons else f"cannot run: {reasons[-1]}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_w4a16",
+        description="4-bit-weight, 16-bit-activation matrix multiplication for JAX.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    text = "embed sentences with MiniLM in 4 bits, and compare with float32"
+    command = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
+    command.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help=f"holds {', '.join(demo.FILES)} (default: the installed package {demo.PACKAGE}'s)",
+    )
+
+    text = "show versions, devices, and the kernels that this machine can run"
+    commands.add_parser("info", help=text, description=text.capitalize() + ".")
+
+    text = "test every kernel that this machine can run against NumPy"
+    command = commands.add_parser("verify", help=text, description=text.capitalize() + ".")
+    command.add_argument("--kernel", metavar="TEXT", default="", help="only kernels whose name contains this")
+    command.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+      The exit status: 0 for success, 1 where a check failed or something needed is missing. Wrong arguments
+      raise SystemExit, with status 2.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "info":
+            return _info()
+        if arguments.command == "verify":
+            return _verify.main(arguments.kernel, arguments.case)
+        return demo.main(arguments.model)
+    except (FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
