@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -49,9 +50,13 @@ def local_gpu() -> Device | None:
     return Device(device.device_kind, 10 * int(major) + int(minor), device.core_count)
 
 
+class NoKernelError(ValueError):
+    """No compiled kernel serves a problem on a device."""
+
+
 @functools.cache
-def _tuned_table(kind: str) -> dict[str, str]:
-    path = TUNED_FOLDER / (re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_") + ".json")
+def _tuned_table(folder: Path, kind: str) -> dict[str, str]:
+    path = folder / (re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_") + ".json")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -63,14 +68,23 @@ def tuned_key(problem: Problem) -> str:
 def choose(problem: Problem, device: Device, explicit: str | None = None) -> tuple[str, int]:
     """Name and workspace, in bytes, of the configuration that serves `problem` on `device`.
 
-    Raises ValueError with the library's reason where `explicit`, or else any, cannot.
+    A tuned one that this build lacks, or that cannot serve, is passed over.
+
+    Raises:
+      ValueError: `explicit` is unknown or cannot serve; the message says why.
+      NoKernelError: nothing can serve.
     """
-    facts = {**dataclasses.asdict(problem), "compute_capability": device.compute_capability}
-    facts["num_sms"] = device.num_sms
-    name = explicit or _tuned_table(device.kind).get(tuned_key(problem))
-    if name is None:
+    facts: dict[str, Any] = dataclasses.asdict(problem)
+    facts |= {"compute_capability": device.compute_capability, "num_sms": device.num_sms}
+    if explicit is not None:
+        refusal = native.can_implement(explicit, **facts)
+        if refusal is not None:
+            raise ValueError(f"config {explicit!r} cannot serve: {refusal}")
+        return explicit, native.workspace_bytes(explicit, **facts)
+    tuned = _tuned_table(TUNED_FOLDER, device.kind).get(tuned_key(problem), "")
+    if tuned in native.build_info()["configs"] and native.can_implement(tuned, **facts) is None:
+        return tuned, native.workspace_bytes(tuned, **facts)
+    try:
         return native.select(**facts)
-    refusal = native.can_implement(name, **facts)
-    if refusal is not None:
-        raise ValueError(f"config {name!r}: {refusal}")
-    return name, native.workspace_bytes(name, **facts)
+    except ValueError as error:
+        raise NoKernelError(str(error)) from error

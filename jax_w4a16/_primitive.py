@@ -243,11 +243,16 @@ def _split_over_devices(ctx, primitive: Primitive, params: dict):
 
 def _register_lowering(primitive: Primitive, kernel, reference) -> None:
     def rule(platform: str | None, ctx, *operands, implementation: str, **params: Any):
-        refusal = _refusal(ctx, platform)
-        if implementation == "reference" or (implementation == "auto" and refusal is not None):
-            if implementation == "auto":
-                _sharding.warn_once(f"{primitive.name}: runs on the plain JAX reference: {refusal}")
+        def run_reference(because=None):
+            if because is not None:
+                _sharding.warn_once(f"{primitive.name}: runs on the plain JAX reference: {because}")
             return mlir.lower_fun(functools.partial(reference, **params))(ctx, *operands)
+
+        refusal = _refusal(ctx, platform)
+        if implementation == "reference":
+            return run_reference()
+        if implementation == "auto" and refusal is not None:
+            return run_reference(because=refusal)
         if implementation not in ("auto", platform):
             refusal = f"the program is for {platform or refusal}"
         if refusal is not None:
@@ -255,7 +260,12 @@ def _register_lowering(primitive: Primitive, kernel, reference) -> None:
         split = _split_over_devices(ctx, primitive, dict(params, implementation=implementation))
         if split is not None:
             return mlir.lower_fun(split, multiple_results=False)(ctx, *operands)
-        return kernel(ctx, platform, operands, **params)
+        try:
+            return kernel(ctx, platform, operands, **params)
+        except _config.NoKernelError as error:
+            if implementation != "auto":
+                raise
+            return run_reference(because=error)
 
     for platform in ("cpu", "cuda", None):
         mlir.register_lowering(primitive, functools.partial(rule, platform), platform=platform)

@@ -236,6 +236,9 @@ def partitioned(ctx, weight: Weight, names: Sequence[str], local: Callable) -> C
         return None
     if not isinstance(context, mlir.ShardingContext) or context.num_devices == 1:
         return None
+    if ctx.module_context.lowering_parameters.for_export:
+        warn_once("w4a16: a program exported for several devices splits nothing: its operands are gathered")
+        return None
 
     whole = custom_partitioning(lambda *operands: local(*operands, reduce_over=()))
 

@@ -8,6 +8,8 @@ import numpy as np
 import oracle
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_w4a16
 
@@ -99,3 +101,18 @@ def test_gradient_of_an_exported_call():
     want = jax.grad(lambda x, s: f(x, s).sum(), (0, 1))(args[0], args[2])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.usefixtures("fresh_warnings")
+def test_export_for_several_devices_gathers_and_says_so():
+    ops, args = arrays()
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, P("data"))
+        shardings = (rows, *(NamedSharding(mesh, P()),) * 4)
+        options = {"disabled_checks": jax_w4a16.DISABLE_JAX_EXPORT_CHECKS}
+        with pytest.warns(UserWarning, match="exported for several devices splits nothing"):
+            exported = export.export(jax.jit(call, in_shardings=shardings), **options)(*args)
+        loaded = export.deserialize(exported.serialize())
+        got = jax.jit(loaded.call)(*jax.device_put(args, shardings))
+    oracle.check_close(CASE, ops, np.asarray(got))

@@ -307,7 +307,7 @@ def test_mesh_of_the_arguments_alone():
 def test_reshape_that_splits_a_part_of_an_axis():
     """Rows [16] over eight devices, seen as [2, 8]: no PartitionSpec says how, but the values are right."""
     up, *_ = mlp_weights()
-    call = lambda x, w: jax_w4a16.dot(x.reshape(2, 8, WIDTH), w)
+    call = lambda x, w: jax_w4a16.dot(x.reshape(2, 8, WIDTH), w).reshape(M, HIDDEN)
     mesh = mesh_of((8, 1), AxisType.Auto)
     with jax.set_mesh(mesh):
         args = put(mesh, (activations(), up), (P("data", None), split(up)))

@@ -1,0 +1,159 @@
+"""Which configuration a call is lowered with: asked for, else tuned, else the heuristic's. Needs no GPU."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import oracle
+import pytest
+
+import jax_w4a16
+from jax_w4a16 import _config, _ffi, _primitive
+
+H200 = _config.Device("NVIDIA H200", 90, 132)
+PROBLEM = _config.Problem(4, 256, 512, 128, "bfloat16", "bfloat16", False, False)
+FACTS = {**vars(PROBLEM), "compute_capability": 90, "num_sms": 132}
+
+
+def able(problem=PROBLEM):
+    facts = {**vars(problem), "compute_capability": 90, "num_sms": 132}
+    return [name for name in _ffi.build_info()["configs"] if _ffi.native.can_implement(name, **facts) is None]
+
+
+def test_heuristic():
+    assert _config.choose(PROBLEM, H200) == _ffi.native.select(**FACTS)
+
+
+def test_explicit_comes_first():
+    for name in able():
+        assert _config.choose(PROBLEM, H200, name) == (name, _ffi.native.workspace_bytes(name, **FACTS))
+    with pytest.raises(ValueError, match="no_such_config"):
+        _config.choose(PROBLEM, H200, "no_such_config")
+
+
+def test_explicit_that_cannot_serve():
+    old = _config.Device("an older GPU", 80, 108)
+    refused = [
+        name
+        for name in _ffi.build_info()["configs"]
+        if _ffi.native.can_implement(name, **{**FACTS, "compute_capability": 80}) is not None
+    ]
+    assert refused
+    for name in refused:
+        with pytest.raises(ValueError, match=f"config '{name}' cannot serve: "):
+            _config.choose(PROBLEM, old, name)
+
+
+def test_tuned_comes_before_the_heuristic(monkeypatch, tmp_path):
+    heuristic, _ = _config.choose(PROBLEM, H200)
+    tuned = next(name for name in able() if name != heuristic)
+    other = _config.Problem(5, 256, 512, 128, "bfloat16", "bfloat16", False, False)
+    table = {_config.tuned_key(PROBLEM): tuned, _config.tuned_key(other): "gone_from_this_build"}
+    (tmp_path / "nvidia_h200.json").write_text(json.dumps(table))
+    monkeypatch.setattr(_config, "TUNED_FOLDER", tmp_path)
+    assert _config.choose(PROBLEM, H200)[0] == tuned
+    assert _config.choose(other, H200) == _ffi.native.select(**{**FACTS, "m": 5})
+    assert _config.choose(PROBLEM, H200, heuristic)[0] == heuristic
+
+
+def lowered(monkeypatch, device=H200, m=4, **params):
+    """The text of a call lowered for CUDA as if this build and machine had it."""
+    monkeypatch.setattr(_ffi, "has_cuda", lambda: True)
+    monkeypatch.setattr(_config, "local_gpu", lambda: device)
+    ops = oracle.operands(oracle.Case(m, 512, 256, 128))
+    call = lambda x, q, s: _primitive.dot(x, q, s, group_size=128, **params)
+    traced = jax.jit(call).trace(ops.x, ops.qweight, ops.scales)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_lowering_names_the_choice_and_brings_its_workspace(monkeypatch):
+    for name in able():
+        workspace = _ffi.native.workspace_bytes(name, **FACTS)
+        text = lowered(monkeypatch, config=name)
+        assert f'config = "{name}"' in text
+        assert (f"tensor<{workspace}xui8>" in text) == (workspace > 0)
+    assert f'config = "{_config.choose(PROBLEM, H200)[0]}"' in lowered(monkeypatch)
+
+
+def test_workspace_is_an_extra_result(monkeypatch):
+    monkeypatch.setattr(_config, "choose", lambda problem, device, explicit: ("some_config", 4096))
+    text = lowered(monkeypatch)
+    assert "tensor<4096xui8>" in text
+    assert 'config = "some_config"' in text
+
+
+def test_no_gpu_at_lowering_leaves_the_choice_to_the_handler(monkeypatch):
+    text = lowered(monkeypatch, device=None)
+    assert 'config = "auto"' in text
+    assert "xui8>" not in text
+
+
+@pytest.mark.usefixtures("fresh_warnings")
+def test_a_gpu_that_no_kernel_serves(monkeypatch):
+    ancient = _config.Device("an ancient GPU", 60, 20)
+    with pytest.raises(_config.NoKernelError):
+        _config.choose(PROBLEM, ancient)
+    with pytest.warns(UserWarning, match="w4a16_dot: runs on the plain JAX reference: "):
+        assert "@w4a16_dot" not in lowered(monkeypatch, device=ancient)
+    with pytest.raises(_config.NoKernelError):
+        lowered(monkeypatch, device=ancient, implementation="cuda")
+    with pytest.raises(ValueError, match="cannot serve"):
+        lowered(monkeypatch, device=ancient, config=able()[0])
+
+
+def test_local_gpu_is_none_or_a_device():
+    device = _config.local_gpu()
+    try:
+        gpus = jax.devices("cuda")
+    except RuntimeError:
+        gpus = []
+    assert (device is None) == (not gpus)
+    if device is not None:
+        assert device.compute_capability >= 60
+        assert device.num_sms > 0
+
+
+@pytest.mark.gpu
+def test_every_config_against_the_oracle():
+    """Every compiled configuration, over sizes of every remainder class that it accepts."""
+    from conftest import device_of
+
+    served = set()
+    with jax.default_device(device_of("cuda")):
+        device = _config.local_gpu()
+        assert device is not None
+        for case in oracle.fuzz(60, seed=5, dtypes=("float16", "bfloat16")):
+            ops = oracle.operands(case)
+            problem = _config.Problem(
+                case.m,
+                case.n,
+                case.k,
+                case.group,
+                case.dtype,
+                case.out_dtype,
+                case.zeros != "none",
+                case.bias,
+            )
+            facts = {
+                **vars(problem),
+                "compute_capability": device.compute_capability,
+                "num_sms": device.num_sms,
+            }
+            for name in _ffi.build_info()["configs"]:
+                if _ffi.native.can_implement(name, **facts) is not None:
+                    continue
+                arrays = (ops.x, ops.qweight, ops.scales, ops.zeros, ops.bias)
+                got = _primitive.dot(
+                    *(None if a is None else jnp.asarray(a) for a in arrays),
+                    group_size=case.group,
+                    alpha=case.alpha,
+                    out_dtype=case.out_dtype,
+                    implementation="cuda",
+                    config=name,
+                )
+                try:
+                    oracle.check_close(case, ops, jax.device_get(got))
+                except AssertionError as error:
+                    raise AssertionError(f"{name}: {error}") from error
+                served.add(name)
+    assert served == set(jax_w4a16.build_info()["configs"])
