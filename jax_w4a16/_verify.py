@@ -143,6 +143,11 @@ class _Weight:
     zeros: np.ndarray | None
     bias: np.ndarray | None
 
+    @functools.cached_property
+    def packed(self) -> np.ndarray:
+        """The codes as the kernels take them."""
+        return _pack(self.codes)
+
     def dense(self, case: Case, dtype: Any = np.float64) -> np.ndarray:
         """(code - zero) * scale, each operation in `dtype`: [K, N]."""
         rows = lambda a: np.repeat(a.astype(dtype), case.group, axis=0)[: case.k]
@@ -154,6 +159,7 @@ def _round(a: np.ndarray, dtype: str) -> np.ndarray:
     return a.astype(jnp.dtype(dtype)).astype(np.float64)
 
 
+@functools.lru_cache(maxsize=8)
 def _weight(case: Case, oracle: str) -> _Weight:
     rng = case.rng("weight " + oracle)
     codes = rng.integers(0, 16, (case.k, case.n))
@@ -174,12 +180,15 @@ def _weight(case: Case, oracle: str) -> _Weight:
 def _pack(codes: np.ndarray) -> np.ndarray:
     """Codes [K, N] in the packed layout of ffi/layout.h."""
     k, n = codes.shape
-    blocks_k, blocks_n = -(-k // 64), -(-n // 16)
-    words = np.zeros((blocks_k, blocks_n, 128), np.uint32)
-    row, column = np.indices((k, n))
-    word = 4 * (4 * (column % 8) + row % 8 // 2) + row % 64 // 16
-    nibble = column % 16 // 8 + 2 * (row // 8 % 2) + 4 * (row % 2)
-    np.bitwise_or.at(words, (row // 64, column // 16, word), codes.astype(np.uint32) << (4 * nibble))
+    padded = np.pad(codes, ((0, -k % 64), (0, -n % 16))).astype(np.uint32)
+    blocks = padded.reshape(-(-k // 64), 64, -(-n // 16), 16)
+    word = np.arange(128)
+    lane, step = word // 4, word % 4
+    words = np.zeros((blocks.shape[0], blocks.shape[2], 128), np.uint32)
+    for nibble in range(8):
+        r, hi, lo = nibble % 2, nibble // 2 % 2, nibble // 4
+        row, column = 16 * step + 2 * (lane % 4) + lo + 8 * hi, lane // 4 + 8 * r
+        words |= blocks[:, row, :, column].transpose(1, 2, 0) << np.uint32(4 * nibble)
     return words
 
 
@@ -226,31 +235,42 @@ def _one_hot(case: Case, dot: Dot) -> str | None:
     return None
 
 
-def _grid(case: Case, dot: Dot) -> str | None:
+@functools.lru_cache(maxsize=1)
+def _grid_expected(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """x and the result."""
     weight = _weight(case, "grid")
     x = case.rng("x").integers(-2, 3, (case.m, case.k)).astype(np.float64)
     want = ALPHA * (x @ weight.dense(case))
-    if weight.bias is not None:
-        want += weight.bias
-    return _difference(dot(x, weight), _round(want, case.out_dtype))
+    return x, _round(want if weight.bias is None else want + weight.bias, case.out_dtype)
 
 
-def _dense(case: Case, dot: Dot) -> str | None:
+def _grid(case: Case, dot: Dot) -> str | None:
+    x, want = _grid_expected(case)
+    return _difference(dot(x, _weight(case, "grid")), want)
+
+
+@functools.lru_cache(maxsize=1)
+def _dense_expected(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, the result, and how far off an element may be."""
     weight = _weight(case, "dense")
     w = ALPHA * weight.dense(case)
     x = _round(case.rng("x").standard_normal((case.m, case.k)), case.dtype)
     want = x @ w if weight.bias is None else x @ w + weight.bias
-    got = dot(x, weight)
-    if got.shape != want.shape:
-        return f"shape {got.shape}, expected {want.shape}"
-    if not want.size:
-        return None
     # What rounding the weight costs: as it happens, or, where few terms are lucky, as is to be expected.
     half_ulp = lambda dtype: float(jnp.finfo(dtype).eps) / 2
     happens = np.abs(x @ (_round(w, case.dtype) - w))
     expected = half_ulp(case.dtype) * np.sqrt(x**2 @ w**2)
     allowed = 2 * np.maximum(happens, expected) + 2.0**-22 * (np.abs(x) @ np.abs(w))
-    allowed += 1.01 * half_ulp(case.out_dtype) * np.abs(want) + 2.0**-24
+    return x, want, allowed + 1.01 * half_ulp(case.out_dtype) * np.abs(want) + 2.0**-24
+
+
+def _dense(case: Case, dot: Dot) -> str | None:
+    x, want, allowed = _dense_expected(case)
+    got = dot(x, _weight(case, "dense"))
+    if got.shape != want.shape:
+        return f"shape {got.shape}, expected {want.shape}"
+    if not want.size:
+        return None
     error = np.abs(got - want)
     rows, allowed_rows = np.linalg.norm(error, axis=1), np.linalg.norm(allowed, axis=1)
     row = int(np.argmax(rows / allowed_rows))
@@ -313,7 +333,7 @@ def _checks(kernel: Kernel, case: Case) -> Iterator[tuple[str, Callable[[], str 
             kernel,
             _primitive.dot,
             typed(x),
-            _pack(weight.codes),
+            weight.packed,
             typed(weight.scales),
             typed(weight.zeros),
             typed(weight.bias),
@@ -334,14 +354,14 @@ def _checks(kernel: Kernel, case: Case) -> Iterator[tuple[str, Callable[[], str 
 
     def pack() -> str | None:
         got = _run(kernel, _primitive.pack, weight.codes.astype(np.uint8))
-        return _difference(got, _pack(weight.codes).astype(np.float64))
+        return _difference(got, weight.packed.astype(np.float64))
 
     def dequantize() -> str | None:
         scales, zeros = _typed(weight.scales, case.dtype), _typed(weight.zeros, case.dtype)
         got = _run(
             kernel,
             _primitive.dequantize,
-            _pack(weight.codes),
+            weight.packed,
             scales,
             zeros,
             k=case.k,

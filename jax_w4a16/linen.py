@@ -54,7 +54,7 @@ class W4A16Dense(nn.Module):
         """inputs [..., K] -> [..., N], of the type of the computation or `preferred_element_type`.
 
         Raises:
-          ValueError: the stored weight is not one of [K, N].
+          ValueError: the stored weight does not have `features` columns.
           TypeError, ValueError: as `jax_w4a16.dot`.
         """
         in_features = inputs.shape[-1]
