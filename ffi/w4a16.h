@@ -93,7 +93,7 @@ W4A16_API const char* w4a16_version(void);
 /* 1 if the library was built with CUDA kernels, else 0. */
 W4A16_API int w4a16_has_cuda(void);
 
-/* The CUDA architectures compiled in, as "80;90a" ("" without CUDA), and the instruction set that
+/* The CUDA architectures compiled in, as "80,90a" ("" without CUDA), and the instruction set that
  * the CPU kernels use on this machine: "avx512", "avx2" or "portable". */
 W4A16_API const char* w4a16_cuda_architectures(void);
 W4A16_API const char* w4a16_cpu_instruction_set(void);

@@ -31,8 +31,11 @@ endif()
 if(CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_ARCHITECTURES ${W4A16_CUDA_ARCHS})
   enable_language(CUDA)
-  # CMake before 3.26 does not know the flag of nvcc for C++20.
-  string(APPEND CMAKE_CUDA_FLAGS " -std=c++20")
+  # CMake before 3.26 does not know nvcc's flag for C++20.
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+  endif()
   find_package(CUDAToolkit REQUIRED)
   message(STATUS "CUDA compiler: ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION}")
 elseif(W4A16_CUDA STREQUAL "ON")
