@@ -46,6 +46,7 @@ def compiled(f, *args):
     """The result, how many collectives of each kind the compiled program has, and the types they move."""
     hlo = jax.jit(f).lower(*args).compile().as_text()
     found = re.findall(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
+    assert "_promoted" not in hlo  # XLA's mark on a 16-bit sum that only a CPU makes in float32
     return jax.jit(f)(*args), collections.Counter(op for _, op in found), [kind for kind, _ in found]
 
 

@@ -200,6 +200,16 @@ def test_vmap_of_weights_loops_without_broadcasting():
     )
 
 
+def test_vmap_of_codes_alone():
+    qweight, scales = weights(3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 128)), jnp.bfloat16)
+    want = jnp.stack([jax_w4a16.dot(x[i], qweight[i], scales[0]) for i in range(3)])
+    got = jax.vmap(jax_w4a16.dot, (0, 0, None))(x, qweight, scales[0])
+    np.testing.assert_array_equal(got, want)
+    got = jax.vmap(jax_w4a16.dot, (None, 0, None))(x[0], qweight, scales[0])
+    np.testing.assert_array_equal(got[0], want[0])
+
+
 def test_vmap_of_bias_and_of_last_axis():
     qweight, scales = weights(3)
     x = jnp.ones((4, 128), jnp.bfloat16)
