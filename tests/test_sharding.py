@@ -93,6 +93,17 @@ def test_mlp_has_one_float32_all_reduce(mode, shape, symmetric):
 
 
 @MODES
+def test_codes_reach_each_kernel_as_they_are(mode):
+    up, down, bias = mlp_weights()
+    mesh = mesh_of((2, 4), mode)
+    with jax.set_mesh(mesh):
+        specs = (P("data", None), split(up, n="model"), split(down, k="model"), P(None))
+        hlo = jax.jit(mlp).lower(*put(mesh, (activations(), up, down, bias), specs)).compile().as_text()
+    assert set(re.findall(r" = u32\[\S+ ([\w-]+)\(", hlo)) == {"parameter"}
+    assert hlo.count('custom_call_target="w4a16_dot"') == 2
+
+
+@MODES
 def test_batch_split_has_no_collective(mode):
     up, down, bias = mlp_weights()
     mesh = mesh_of((8, 1), mode)
@@ -295,12 +306,15 @@ def test_explicit_types_show_the_split():
     assert seen == [P("data", "model"), P("data", None)]
 
 
-def test_mesh_of_the_arguments_alone():
+@MODES
+def test_mesh_of_the_arguments_alone(mode):
     """No mesh in the context: the arrays' own shardings are enough."""
     up, down, bias = mlp_weights()
-    mesh = mesh_of((2, 4), AxisType.Auto)
+    mesh = mesh_of((2, 4), mode)
     specs = (P("data", None), split(up, n="model"), split(down, k="model"), P(None))
-    got, count, _ = compiled(mlp, *put(mesh, (activations(), up, down, bias), specs))
+    with jax.set_mesh(mesh):
+        args = put(mesh, (activations(), up, down, bias), specs)
+    got, count, _ = compiled(mlp, *args)
     assert count == {"all-reduce": 1}
     check(got, mlp(activations(), up, down, bias))
 
