@@ -3,7 +3,7 @@
 // of nibbles i = r + 2 * hi (low half) and i + 4 (high half).
 //
 //   float16   0x6400 | c        = 1024 + c           c in bits 0..3 of a half word
-//             0x6400 | c << 4   = 1024 + 16 c        c in bits 4..7
+//             0x5400 | c << 4   = 64 + c             c in bits 4..7
 //             0x0000 | c        = c * 2^-24          a subnormal, which mma multiplies exactly
 //             0x0000 | c << 4   = c * 2^-20
 //   bfloat16  0x4300 | c        = 128 + c            7 bits of mantissa: c must be shifted to bit 0
@@ -30,12 +30,6 @@ __device__ __forceinline__ uint32_t AddF16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
-__device__ __forceinline__ uint32_t FmaF16x2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
 __device__ __forceinline__ uint32_t FmaBf16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -54,12 +48,11 @@ struct Dequantizer<__half> {
     static_assert(kZero == 0 || kZero == 8);
     constexpr uint32_t kLow = kZero == 0 ? 0xe400e400 : 0xe408e408;   // -(1024 + kZero)
     constexpr uint32_t kHigh = kZero == 0 ? 0xd400d400 : 0xd480d480;  // -(64 + kZero)
-    constexpr uint32_t kSixteenth = 0x2c002c00;
     const uint32_t v = w >> 8;
     a[0] = AddF16x2(AndOr(w, 0x000f000f, 0x64006400), kLow);
-    a[1] = FmaF16x2(AndOr(w, 0x00f000f0, 0x64006400), kSixteenth, kHigh);
+    a[1] = AddF16x2(AndOr(w, 0x00f000f0, 0x54005400), kHigh);
     a[2] = AddF16x2(AndOr(v, 0x000f000f, 0x64006400), kLow);
-    a[3] = FmaF16x2(AndOr(v, 0x00f000f0, 0x64006400), kSixteenth, kHigh);
+    a[3] = AddF16x2(AndOr(v, 0x00f000f0, 0x54005400), kHigh);
   }
 
   // a = (code + kOffset) / Step(r), in fewer instructions; r = 0, 1 is the row half.

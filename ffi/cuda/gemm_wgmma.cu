@@ -1,40 +1,40 @@
 #include <algorithm>
 
+#include "cuda_status.h"
 #include "gemm_wgmma.cuh"
 
 namespace w4a16 {
 namespace {
 
-Status Failed(const Config& config, const char* call, const std::string& why) {
-  return Status::Internal(std::string(config.name) + ": " + call + ": " + why);
-}
-
 // The driver's encoder, looked up at run time so that the library does not link to libcuda.
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-cudaError_t FindEncodeTiled(EncodeTiled* encode) {
+Status FindEncodeTiled(EncodeTiled* encode) {
   void* symbol = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
   const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol,
                                                              12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess) return error;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
+  if (error != cudaSuccess) return ToStatus(error, "cudaGetDriverEntryPointByVersion");
+  if (found != cudaDriverEntryPointSuccess)
+    return Status::Unsupported("the driver has no cuTensorMapEncodeTiled");
   *encode = reinterpret_cast<EncodeTiled>(symbol);
-  return cudaSuccess;
+  return {};
 }
 
 // x as tiles of 64 values of K by `tile_m` tokens; what lies outside x reads as zero.
-CUresult EncodeX(EncodeTiled encode, const Problem& p, const void* x, int tile_m,
-                 CUtensorMap* map) {
+Status EncodeX(EncodeTiled encode, const Problem& p, const void* x, int tile_m, CUtensorMap* map) {
   const cuuint64_t extents[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.m)};
   const cuuint64_t strides_bytes[] = {static_cast<cuuint64_t>(p.k) * 2};
   const cuuint32_t box[] = {kBlockK, static_cast<cuuint32_t>(tile_m)};
   const cuuint32_t steps[] = {1, 1};
   const CUtensorMapDataType type =
       p.x_dtype == W4A16_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(map, type, 2, const_cast<void*>(x), extents, strides_bytes, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, type, 2, const_cast<void*>(x), extents, strides_bytes, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return {};
+  return Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(result));
 }
 
 }  // namespace
@@ -42,18 +42,17 @@ CUresult EncodeX(EncodeTiled encode, const Problem& p, const void* x, int tile_m
 Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
   const WgmmaKernel kernel = p.x_dtype == W4A16_F16 ? FindWgmmaF16(config, p.has_zeros)
                                                     : FindWgmmaBf16(config, p.has_zeros);
-  if (kernel.kernel == nullptr) return Failed(config, "RunWgmma", "not compiled");
+  if (kernel.kernel == nullptr)
+    return Status::Internal(std::string(config.name) + ": not compiled");
 
   const int64_t tiles_n = CeilDiv(p.n, config.tile_n), tiles_m = CeilDiv(p.m, config.tile_m);
   if (tiles_n * tiles_m * config.split_k > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles for one grid");
 
   EncodeTiled encode = nullptr;
-  if (cudaError_t error = FindEncodeTiled(&encode); error != cudaSuccess)
-    return Failed(config, "cuTensorMapEncodeTiled", cudaGetErrorString(error));
+  if (Status s = FindEncodeTiled(&encode); !s.ok()) return s;
   CUtensorMap x_map;
-  if (CUresult result = EncodeX(encode, p, o.x, config.tile_m, &x_map); result != CUDA_SUCCESS)
-    return Failed(config, "cuTensorMapEncodeTiled", "error " + std::to_string(result));
+  if (Status s = EncodeX(encode, p, o.x, config.tile_m, &x_map); !s.ok()) return s;
 
   const WgmmaParams params = {
       .qweight = o.qweight,
@@ -73,10 +72,12 @@ Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaS
   };
 
   // An attribute of the function on the current device, so it is set before every launch.
-  if (cudaError_t error = cudaFuncSetAttribute(
-          kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-      error != cudaSuccess)
-    return Failed(config, "cudaFuncSetAttribute", cudaGetErrorString(error));
+  if (Status s =
+          ToStatus(cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        kernel.shared_bytes),
+                   config.name);
+      !s.ok())
+    return s;
 
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -88,10 +89,7 @@ Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaS
   launch.stream = stream;
   launch.attrs = &cluster;
   launch.numAttrs = config.split_k > 1 ? 1 : 0;
-  if (cudaError_t error = cudaLaunchKernelEx(&launch, kernel.kernel, x_map, params);
-      error != cudaSuccess)
-    return Failed(config, "cudaLaunchKernelEx", cudaGetErrorString(error));
-  return {};
+  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, x_map, params), config.name);
 }
 
 }  // namespace w4a16

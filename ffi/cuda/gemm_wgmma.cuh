@@ -1,57 +1,54 @@
 // Middle and large M on Hopper: the transposed product, packed weights as wgmma's register operand.
 //
-//   out[m, n] = alpha * sum_k x[m, k] * T((code[k, n] - zero[k / g, n]) * scale[k / g, n]) +
-//   bias[n]
+//   out[m, n] = bias[n] + alpha * sum_k x[m, k] * T((code[k, n] - zero[k / g, n]) * scale[k / g,
+//   n])
 //
 // computed as out^T[N, M] = w^T x^T, accumulated in float32; T rounds to x's type.
 //
-//                     tokens (kTileM: wgmma's n)          One CTA: a tile of kTileN rows of weights
-//                     by
-//                    +--------------------------+         kTileM tokens. Each consumer warpgroup
-//                    owns
-//   rows   0.. 63    |  consumer warpgroup 0    |         64 rows (wgmma's m), its warp w the
-//   packed rows  64..127    |  consumer warpgroup 1    |         block rows 4 * warpgroup + w of 16
-//   rows: the
-//       ...          |          ...             |         16 bytes of lane l in a packed block are
-//       its
-//                    +--------------------------+         A fragments of four k16 steps (layout.h).
+//                kTileM tokens (wgmma's n)     One CTA: a tile of kTileN rows of weights by
+//               +-------------------------+    kTileM tokens. Each consumer warpgroup owns 64
+//   rows  0..63 |  consumer warpgroup 0   |    rows (wgmma's m). Warp w of warpgroup g owns block
+//        64..   |  consumer warpgroup 1   |    row 4 * g + w of 16 rows; the 16 bytes of lane l in
+//         ...   |         ...             |    a packed block are its A fragments of the block's
+//               +-------------------------+    four k16 steps (layout.h).
+//
 //   One further warp is the producer: one of its lanes starts every copy.
 //
-//   A stage holds kBlocks packed blocks along K (64 codes each), for all of them:
-//     x        kBlocks tiles of kTileM rows x 128 bytes, 128-byte swizzle      tensor copy,
-//     zero-filled codes    kBlocks x kTileN / 16 packed blocks of 512 bytes                bulk
-//     copies scales   a row of kTileN values for every group that the stage meets     bulk copies
-//     zeros    likewise, if kHasZeros
+//   A stage holds kBlocks packed blocks along K (64 codes each) of the tile:
+//     x       kBlocks tiles of kTileM rows x 128 bytes, swizzled     tensor copies, zero-filled
+//     codes   kBlocks x kTileN / 16 packed blocks of 512 bytes       bulk copies
+//     scales  kTileN values for every group that the stage meets     bulk copies
+//     zeros   likewise, if kHasZeros
 //
 //   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish kTileM / kSplitK
 //   tokens each, out of the float32 partial tiles that they send one another, summed in rank order.
-//   Nothing is written twice, so the bits of the result do not depend on timing.
+//   Every element is summed and written by one thread, so its bits do not depend on timing.
+//
+// A wgmma and the instructions that dequantise compete for the register file: a block costs about
+// the sum of both, not the larger. So the loop is kept short, and wide token tiles pay.
 //
 // Preconditions (checked by)
-//   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                                    CanImplement
-//   pointers aligned to 16 bytes                                                  CheckOperands
-//   group_size a multiple of 32, or at least K                                    CheckProblem
-//   number of tiles * kSplitK fits a grid                                         RunWgmma
+//   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
+//   pointers aligned to 16 bytes                                 CheckOperands
+//   group_size a multiple of 32, or at least K                   CheckProblem
+//   number of tiles * kSplitK fits a grid                        RunWgmma
 //
 // Synchronisation
 //   S1  full[s]: completes when the bytes that the producer announced for stage s have landed.
-//   S2  empty[s]: completes when every consumer warp has arrived, which it does once its reads of
-//   the
-//       stage into registers have returned and its wgmmas on the stage have retired.
-//   S3  A registers: the two buffers alternate, and a buffer is rewritten only after a wait that
-//   leaves
-//       no more than the other buffer's wgmmas in flight.
-//   S4  Partial tiles overlay the stages. A consumer writes its partial tile once all consumers of
-//   the
-//       CTA have passed their last read (named barrier 1).
+//   S2  empty[s]: completes when every consumer warp has arrived. One lane arrives for its warp,
+//       after the wait that retires the warp's wgmmas on the stage; what the warp itself read from
+//       the stage is in their operands. compute-sanitizer's racecheck does not follow this from
+//       lane to lane: built with W4A16_RACECHECK, every lane arrives for itself.
+//   S3  A registers: the two buffers alternate. A buffer is rewritten only after a wait that leaves
+//       no wgmmas but those of the other buffer in flight.
+//   S4  Partial tiles overlay the stages. A consumer writes its part once all consumers of the CTA
+//       have passed their last read (named barrier 1).
 //   S5  A CTA sends to another only after the cluster barrier that all consumers reach after their
-//   last
-//       read: then the receiver's stages are free and its `received` barrier is initialised.
+//       last read: the receiver's stages are free then, and `received` is initialised.
 //   S6  What the sender's threads wrote is fenced to the async proxy before named barrier 1, behind
 //       which one warp starts the copies; `received` completes when all peers' bytes have landed.
 //   S7  No CTA exits before the second cluster barrier, which each reaches after `received`: copies
-//   read
-//       the sender's shared memory until then.
+//       read the sender's shared memory until then.
 #pragma once
 
 #include <climits>
@@ -104,13 +101,17 @@ struct WgmmaShape {
   static constexpr int kConsumers = 128 * kWarpgroups;
 
   // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
-  // Tiles that need more than an even share get a producer warpgroup, which hands its registers
-  // over.
+  // Tiles that need more than an even share get a producer warpgroup, which gives up its registers.
   static constexpr int kRegisters = kTileM / 2 + 64;  // accumulators, A twice, addresses
   static constexpr bool kReallocate = kRegisters > 65536 / (kConsumers + 128);
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static_assert(!kReallocate || kWarpgroups == 2);
+#if defined(W4A16_RACECHECK)
+  static constexpr int kReleasingLanes = 32;
+#else
+  static constexpr int kReleasingLanes = 1;
+#endif
   static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
 
   // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
@@ -159,8 +160,8 @@ struct WgmmaShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks blocks. One converged
-// warp.
+// One converged warp. Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks
+// blocks.
 template <typename T, typename Shape>
 __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
                                      uint32_t shared, int begin, int end, int n0, int m0,
@@ -176,7 +177,8 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
   // Codes and scales are read once unless several token tiles share them; every tile of rows reads
   // x.
   const uint64_t keep = ptx::PolicyEvictLast();
-  const uint64_t weight_policy = p.tiles_m == 1 ? ptx::PolicyEvictFirst() : keep;
+  const uint64_t weight_policy =
+      p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
 
   // The group of the next row of scales, and where along K that row and the group after it start.
   int row_k = begin * Shape::kBlocks * kBlockK;
@@ -233,51 +235,39 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
   }
 }
 
-#ifndef KG
-#define KG 4
-#endif
 // One consumer thread's way through the stages.
 template <typename T, typename Shape>
 struct Consumer {
   using T2 = typename Pair<T>::Type;
-  static constexpr int kGroup = KG, kRing = KG == 4 ? 2 : 4 / KG;
 
   uint32_t shared;
   uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
-  uint32_t scales;  // the scale of its row, of registers a[0] and a[2]; a[1] and a[3] hold row + 8
+  uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
   int scale_shift;
-  bool releases;  // the lane that arrives for its warp
-  int slot = 0;
+  bool releases;  // arrives at empty[]
+  int slot = 0, previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
-  uint32_t a[kRing][4 * kGroup];
+  uint32_t a[2][16];
 
   __device__ static inline T2 Splat(uint16_t bits) {
-    const uint32_t both = bits * 0x10001u;
-    return reinterpret_cast<const T2&>(both);
+    const T value = reinterpret_cast<const T&>(bits);
+    return T2(value, value);
   }
 
-  __device__ inline void Release(int used) {
-    if (releases) ptx::MbarrierArrive(Shape::Empty(shared, used));  // S2
-  }
-  __device__ inline int Previous() const { return slot == 0 ? Shape::kStages - 1 : slot - 1; }
-
-  // Block kBlock of the current stage.
-  template <int kBlock, int kParity>
-  __device__ inline void Step(bool release_previous) {
+  // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
+  template <int kBlock, int kBuffer>
+  __device__ inline void Dequantize() {
     const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
                                            kBlock * Shape::kCodeBytes);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    const uint32_t scale_base = scales + slot * (Shape::kScaleRows * Shape::kRowBytes);
-    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
-                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
     uint16_t scale[2], zero[2];
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const int group = step / kGroup, ring = kGroup == 4 ? kParity : group;
+      // Groups may change in the middle of a block only if their size is an odd multiple of 32.
       if (step == 0 || (step == 2 && scale_shift == 0)) {
-        const uint32_t row =
-            scale_base + ((2 * kBlock + step / 2) >> scale_shift) * Shape::kRowBytes;
+        const uint32_t row = scales + slot * (Shape::kScaleRows * Shape::kRowBytes) +
+                             ((2 * kBlock + step / 2) >> scale_shift) * Shape::kRowBytes;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           scale[r] = ptx::LoadShared16(row + 16 * r);
@@ -285,38 +275,38 @@ struct Consumer {
             zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
         }
       }
-      if (kGroup != 4 && step % kGroup == 0) {
-        ptx::WgmmaWait<kRing - 1>();
-        ptx::KeepAlive(a[ring]);
-        if (group == kRing - 1 && release_previous) Release(Previous());
-      }
       uint32_t unscaled[4];
-      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : 8>(word[step], unscaled);
+      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[step], unscaled);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         T2 value = reinterpret_cast<const T2&>(unscaled[i]);
         if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
         value = __hmul2(value, Splat(scale[i & 1]));
-        a[ring][4 * (step % kGroup) + i] = reinterpret_cast<const uint32_t&>(value);
-      }
-      if (step % kGroup == kGroup - 1) {
-        ptx::WgmmaFence(a[ring]);
-#pragma unroll
-        for (int s = step + 1 - kGroup; s <= step; ++s)
-          ptx::Wgmma<T, Shape::kTileM>(acc, &a[ring][4 * (s % kGroup)], x + 2 * s);
-        ptx::WgmmaCommit();
-        if (kGroup == 4) {
-          ptx::WgmmaWait<1>();  // S3
-          ptx::KeepAlive(a[ring ^ (kGroup == 4)]);
-          if (release_previous) Release(Previous());
-        }
+        a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
       }
     }
+  }
+
+  // Dequantises while the previous block's wgmmas run, then starts this block's.
+  template <int kBlock, int kBuffer>
+  __device__ inline void Step(bool release_previous) {
+    Dequantize<kBlock, kBuffer>();
+    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
+                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
+    ptx::WgmmaFence(a[kBuffer]);
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      ptx::Wgmma<T, Shape::kTileM>(acc, &a[kBuffer][4 * step], x + 2 * step);
+    ptx::WgmmaCommit();
+    ptx::WgmmaWait<1>();  // S3
+    ptx::KeepAlive(a[kBuffer ^ 1]);
+    if (release_previous && releases) ptx::MbarrierArrive(Shape::Empty(shared, previous));  // S2
   }
 
   __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
 
   __device__ inline void Advance() {
+    previous = slot;
     if (++slot == Shape::kStages) {
       slot = 0;
       parity ^= 1;
@@ -327,7 +317,7 @@ struct Consumer {
   // it.
   __device__ inline void Run(int blocks) {
 #pragma unroll
-    for (int i = 0; i < kRing * 4 * kGroup; ++i) a[i / (4 * kGroup)][i % (4 * kGroup)] = 0;
+    for (int i = 0; i < 16; ++i) a[0][i] = a[1][i] = 0;
     int i = 0;
     for (; i + 2 <= blocks; i += 2) {
       Acquire();
@@ -346,8 +336,8 @@ struct Consumer {
       Step<0, 0>(i > 0);
     }
     ptx::WgmmaWait<0>();
-#pragma unroll
-    for (int r = 0; r < kRing; ++r) ptx::KeepAlive(a[r]);
+    ptx::KeepAlive(a[0]);
+    ptx::KeepAlive(a[1]);
     ptx::Settle(acc);
   }
 };
@@ -432,12 +422,11 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
 
 // Token tiles are walked in panels of kPanelM, so that the tiles in flight share both operands in
 // L2.
-__device__ inline void TileOf(const WgmmaParams& p, int64_t tile, int* tile_n, int* tile_m) {
-  constexpr int kPanelM = 8;
-  const int64_t per_panel = static_cast<int64_t>(kPanelM) * p.tiles_n;
-  const int panel = static_cast<int>(tile / per_panel);
-  const int inside = static_cast<int>(tile % per_panel);
-  const int width = min(kPanelM, p.tiles_m - panel * kPanelM);
+__device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, int* tile_m) {
+  constexpr uint32_t kPanelM = 8;
+  const uint32_t per_panel = kPanelM * p.tiles_n;  // N < 2^30: below 2^28
+  const uint32_t panel = tile / per_panel, inside = tile % per_panel;
+  const uint32_t width = min(kPanelM, p.tiles_m - panel * kPanelM);
   *tile_m = panel * kPanelM + inside % width;
   *tile_n = inside / width;
 }
@@ -457,7 +446,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     ptx::PrefetchTensorMap(&x_map);
     for (int i = 0; i < Shape::kStages; ++i) {
       ptx::MbarrierInit(Shape::Full(shared, i), 1);
-      ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kConsumers / 32);
+      ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kConsumers / 32 * Shape::kReleasingLanes);
     }
     ptx::MbarrierInit(Shape::Received(shared), 1);
     ptx::FenceMbarrierInit();
@@ -498,7 +487,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
         .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
         .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
         .scale_shift = scale_shift,
-        .releases = lane == 0,
+        .releases = lane < Shape::kReleasingLanes,
     };
     consumer.Run(min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k));
     FinishTile<T, Shape>(p, consumer.acc, storage, rank, n0, m0);

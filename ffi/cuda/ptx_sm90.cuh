@@ -92,6 +92,12 @@ __device__ inline uint64_t PolicyEvictLast() {
   return policy;
 }
 
+__device__ inline uint64_t PolicyEvictNormal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ inline void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map));
 }
