@@ -1,7 +1,7 @@
 // Middle and large M on Hopper: the transposed product, packed weights as wgmma's register operand.
 //
-//   out[m, n] = bias[n] + alpha * sum_k x[m, k] * T((code[k, n] - zero[k / g, n]) * scale[k / g,
-//   n])
+//   out[m, n] = alpha * sum_k x[m, k] * w[k, n] + bias[n]
+//   w[k, n] = T((code[k, n] - zero[k / g, n]) * scale[k / g, n])
 //
 // computed as out^T[N, M] = w^T x^T, accumulated in float32; T rounds to x's type.
 //
@@ -160,8 +160,8 @@ struct WgmmaShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// One converged warp. Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks
-// blocks.
+// Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks blocks. Runs in one
+// converged warp.
 template <typename T, typename Shape>
 __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
                                      uint32_t shared, int begin, int end, int n0, int m0,
