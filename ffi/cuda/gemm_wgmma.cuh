@@ -256,7 +256,7 @@ struct Consumer {
   }
 
   // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
-  template <int kBlock, int kBuffer>
+  template <bool kFineGroups, int kBlock, int kBuffer>
   __device__ inline void Dequantize() {
     const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
                                            kBlock * Shape::kCodeBytes);
@@ -264,10 +264,9 @@ struct Consumer {
     uint16_t scale[2], zero[2];
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      // Groups may change in the middle of a block only if their size is an odd multiple of 32.
-      if (step == 0 || (step == 2 && scale_shift == 0)) {
-        const uint32_t row = scales + slot * (Shape::kScaleRows * Shape::kRowBytes) +
-                             ((2 * kBlock + step / 2) >> scale_shift) * Shape::kRowBytes;
+      if (step == 0 || (step == 2 && kFineGroups)) {
+        const int part = kFineGroups ? 2 * kBlock + step / 2 : (2 * kBlock) >> scale_shift;
+        const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           scale[r] = ptx::LoadShared16(row + 16 * r);
@@ -288,9 +287,9 @@ struct Consumer {
   }
 
   // Dequantises while the previous block's wgmmas run, then starts this block's.
-  template <int kBlock, int kBuffer>
+  template <bool kFineGroups, int kBlock, int kBuffer>
   __device__ inline void Step(bool release_previous) {
-    Dequantize<kBlock, kBuffer>();
+    Dequantize<kFineGroups, kBlock, kBuffer>();
     const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
                                                  (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
     ptx::WgmmaFence(a[kBuffer]);
@@ -313,27 +312,29 @@ struct Consumer {
     }
   }
 
-  // `blocks` blocks, from the start of a stage. The last stage is not released: nobody waits for
-  // it.
+  // `blocks` blocks, from the start of a stage. kFineGroups: groups may change in the middle of a
+  // block, which only sizes that are odd multiples of 32 do. The last stage is not released: nobody
+  // waits for it.
+  template <bool kFineGroups>
   __device__ inline void Run(int blocks) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) a[0][i] = a[1][i] = 0;
     int i = 0;
     for (; i + 2 <= blocks; i += 2) {
       Acquire();
-      Step<0, 0>(i > 0);
+      Step<kFineGroups, 0, 0>(i > 0);
       if constexpr (Shape::kBlocks == 1) {
         Advance();
         Acquire();
-        Step<0, 1>(true);
+        Step<kFineGroups, 0, 1>(true);
       } else {
-        Step<1, 1>(false);
+        Step<kFineGroups, 1, 1>(false);
       }
       Advance();
     }
     if (i < blocks) {
       Acquire();
-      Step<0, 0>(i > 0);
+      Step<kFineGroups, 0, 0>(i > 0);
     }
     ptx::WgmmaWait<0>();
     ptx::KeepAlive(a[0]);
@@ -489,7 +490,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
         .scale_shift = scale_shift,
         .releases = lane < Shape::kReleasingLanes,
     };
-    consumer.Run(min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k));
+    const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
+    if (scale_shift == 0)
+      consumer.template Run<true>(blocks);
+    else
+      consumer.template Run<false>(blocks);
     FinishTile<T, Shape>(p, consumer.acc, storage, rank, n0, m0);
   }
 #else
