@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <climits>
 
 #include "cuda_status.h"
@@ -10,7 +11,7 @@ namespace w4a16 {
 Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return {};
   const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
-  DecodeKernelPointer kernel = find(config, p.has_zeros, GroupsSplitBlocks(p));
+  DecodeKernelPointer kernel = find(config, p.has_zeros, StageParts(p, config.tile_m));
   if (kernel == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
 
   const DecodeSharedMemory shared = SharedMemoryOfDecode(p, config);
@@ -19,7 +20,11 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
   if (ctas > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": the product needs " +
                                std::to_string(ctas) + " CTAs, more than a grid holds");
-  DecodeParams params = {
+  const int group_size = static_cast<int>(p.group_size < p.k ? p.group_size : INT_MAX);
+  // For 0 <= k < 2^31: shift = ceil(log2(group_size)) makes the rounded-up reciprocal exact.
+  int shift = 0;
+  while (shift < 31 && (1u << shift) < static_cast<unsigned>(group_size)) ++shift;
+  const DecodeParams params = {
       .x = o.x,
       .qweight = o.qweight,
       .scales = o.scales,
@@ -29,12 +34,15 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
       .m = static_cast<int>(p.m),
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
-      .group_size = static_cast<int>(p.group_size < p.k ? p.group_size : INT_MAX),
-      .num_groups = static_cast<int>(NumGroups(p)),
       .blocks_n = static_cast<int>(BlocksN(p.n)),
       .blocks_k = static_cast<int>(BlocksK(p.k)),
       .tiles_m = static_cast<int>(tiles_m),
-      .split_k = config.split_k,
+      .log2_split_k = std::countr_zero(static_cast<unsigned>(config.split_k)),
+      .group_size = group_size,
+      .num_groups = static_cast<int>(NumGroups(p)),
+      .group_multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + group_size - 1) /
+                                                static_cast<uint64_t>(group_size)),
+      .group_shift = shift - 1,
       .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
       .stage_bytes = shared.stage_bytes,
       .warp_bytes = shared.warp_bytes,
@@ -69,7 +77,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
   launch.stream = stream;
   launch.attrs = &cluster;
   launch.numAttrs = config.split_k > 1 ? 1 : 0;
-  void* args[] = {&params};
+  void* args[] = {const_cast<DecodeParams*>(&params)};
   return ToStatus(cudaLaunchKernelExC(&launch, function, args), config.name);
 }
 

@@ -45,213 +45,219 @@
 
 namespace w4a16 {
 
+__host__ __device__ constexpr int Log2(int v) { return v > 1 ? 1 + Log2(v / 2) : 0; }
+
 template <typename T>
 __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   const uint16_t bits = LoadShared16(address);
   return ToFloat(*reinterpret_cast<const T*>(&bits));
 }
 
-// Where `idx` (in K) lies: its group, and its distance from the group's start.
-struct GroupCursor {
-  int group, offset;
+inline constexpr int kMaxThreads = 256;
 
-  __device__ __forceinline__ GroupCursor(int idx, int group_size)
-      : group(idx / group_size), offset(idx % group_size) {}
-
-  __device__ __forceinline__ void Advance(const GroupCursor& step, int group_size) {
-    group += step.group;
-    offset += step.offset;
-    if (offset >= group_size) {
-      offset -= group_size;
-      ++group;
-    }
-  }
-};
-
-// Registers of the accumulators decide how many warps fit.
-constexpr int DecodeMaxThreads(int tile_n, int tile_m) {
-  return tile_n * tile_m <= 1024 ? 512 : 256;
-}
-
-// Fills stages with blocks of K: one per warp.
-template <typename T, int kTileN, int kTileM, bool kZeros, bool kSplitBlocks>
+// Fills a warp's stages, each with one unit of K: StageBlocks blocks.
+template <typename T, int kTileN, int kTileM, bool kZeros, int kParts>
 class StageLoader {
  public:
-  static constexpr int kRowBlocks = kTileN / kBlockN;
-  static constexpr int kParts = kSplitBlocks ? 2 : 1;  // groups in a block
-  static constexpr int kScaleRowBytes = 2 * kTileN;
-  static constexpr int kWeightBytes = kRowBlocks * kBlockBytes;
-
-  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int block_k,
-                                         int step, int lane)
+  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int lane)
       : p_(p),
         lane_(lane),
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
-        row_blocks_(min(kRowBlocks, p.blocks_n - n0 / kBlockN)),
+        row_blocks_(p.blocks_n - n0 / kBlockN),
         policy_(EvictFirstPolicy()),
-        weights_(reinterpret_cast<const char*>(p.qweight) +
-                 (static_cast<int64_t>(block_k) * p.blocks_n + n0 / kBlockN) * kBlockBytes +
-                 16 * lane),
-        weights_step_(static_cast<int64_t>(step) * p.blocks_n * kBlockBytes),
-        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0) * p.k),
-        k_(block_k * kBlockK),
-        k_step_(step * kBlockK),
-        cursor_(block_k * kBlockK, p.group_size),
-        cursor_step_(step * kBlockK, p.group_size) {}
+        weights_(reinterpret_cast<const char*>(p.qweight) + n0 / kBlockN * kBlockBytes + 16 * lane),
+        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0) * p.k) {}
 
-  // Starts the copies of the next block into `stage`, as one group.
-  __device__ __forceinline__ void Load(uint32_t stage) {
+  // Starts the copies, as one group.
+  __device__ __forceinline__ void Load(uint32_t stage, int unit) const {
+    const int k0 = unit * kUnitK;
+    const char* weights =
+        weights_ + static_cast<int64_t>(unit * kBlocks) * p_.blocks_n * kBlockBytes;
 #pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
-      if (r < row_blocks_)
-        CopyAsync(stage + r * kBlockBytes + 16 * lane_, weights_ + r * kBlockBytes, policy_);
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) {
+        if (r < row_blocks_ && (b == 0 || k0 + b * kBlockK < p_.k))
+          CopyAsync(stage + (b * kRowBlocks + r) * kBlockBytes + 16 * lane_,
+                    weights + r * kBlockBytes, policy_);
+      }
+      weights += static_cast<int64_t>(p_.blocks_n) * kBlockBytes;
     }
-    LoadX(stage + kWeightBytes);
-    LoadScales(stage + kWeightBytes + p_.x_rows * kXRowBytes);
-    weights_ += weights_step_;
-    k_ += k_step_;
-    cursor_.Advance(cursor_step_, p_.group_size);
+    const uint32_t x_stage = stage + kBlocks * kRowBlocks * kBlockBytes;
+    const uint32_t scale_stage = x_stage + p_.x_rows * kXRowBytes;
+    if (!kGeneral || p_.x_aligned) {
+      LoadX(x_stage, k0);
+    } else {
+      LoadXUnaligned(x_stage, k0);
+    }
+    if (!kGeneral || p_.n_aligned) {
+      LoadScales(scale_stage, k0);
+    } else {
+      LoadScalesUnaligned(scale_stage, k0);
+    }
   }
 
  private:
+  static constexpr int kBlocks = StageBlocks(kTileM);
+  static constexpr int kUnitK = kBlocks * kBlockK;
+  static constexpr int kRowBlocks = kTileN / kBlockN;
+  static constexpr int kXRowBytes = 2 * kUnitK;
+  static constexpr bool kGeneral = kParts == 2 * kBlocks;
+  static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
+
   static __device__ __forceinline__ uint32_t XOffset(int row, int chunk) {
     return row * kXRowBytes + 16 * (chunk ^ (row & 7));
   }
 
-  __device__ __forceinline__ void LoadX(uint32_t dst) {
-    if (p_.x_aligned) {
-      const int chunk = lane_ % 8;
-      const int k = k_ + 8 * chunk;
-      const bool valid = k < p_.k;
-      const T* src = x_ + (valid ? k : 0);
+  __device__ __forceinline__ void LoadX(uint32_t dst, int k0) const {
+    constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a row
+    const int chunk = lane_ % kChunks, k = k0 + 8 * chunk;
+    const bool valid = k < p_.k;  // else zeros, from an address that is not read
+    const T* x = x_ + static_cast<int64_t>(lane_ / kChunks) * p_.k + k;
 #pragma unroll
-      for (int i = 0; i < (kTileM + 3) / 4; ++i) {
-        const int row = 4 * i + lane_ / 8;
-        if (row < rows_)
-          CopyAsyncOrZero(dst + XOffset(row, chunk), src + static_cast<int64_t>(row) * p_.k, valid);
-      }
-    } else {
-      for (int i = lane_; i < rows_ * kBlockK; i += 32) {
-        const int row = i / kBlockK, k = k_ + i % kBlockK;
-        uint16_t v = 0;
-        if (k < p_.k)
-          v = reinterpret_cast<const uint16_t*>(x_)[static_cast<int64_t>(row) * p_.k + k];
-        StoreShared16(dst + XOffset(row, i % kBlockK / 8) + i % 8 * 2, v);
-      }
+    for (int first = 0; first < kTileM; first += 32 / kChunks) {
+      const int row = first + lane_ / kChunks;
+      if (row < rows_)
+        CopyAsyncOrZero(dst + XOffset(row, chunk), x + static_cast<int64_t>(first) * p_.k, valid);
     }
   }
 
-  // The row of scales or zeros `row` (part + kParts * is_zero) at its group, from column n0_ on.
-  __device__ __forceinline__ const T* ScaleSource(int row) const {
-    int group = cursor_.group;
-    if (kSplitBlocks && row % kParts == 1 && cursor_.offset + kBlockK / 2 >= p_.group_size) ++group;
-    // The second half of the last block may lie past K.
-    group = min(group, p_.num_groups - 1);
+  __device__ __forceinline__ void LoadXUnaligned(uint32_t dst, int k0) const {
+    for (int i = lane_; i < rows_ * kUnitK; i += 32) {
+      const int row = i / kUnitK, k = i % kUnitK;
+      uint16_t v = 0;
+      if (k0 + k < p_.k)
+        v = reinterpret_cast<const uint16_t*>(x_)[static_cast<int64_t>(row) * p_.k + k0 + k];
+      StoreShared16(dst + XOffset(row, k / 8) + k % 8 * 2, v);
+    }
+  }
+
+  // From column n0_ on, the scales (row < kParts) or zeros of part row % kParts.
+  __device__ __forceinline__ const T* ScaleSource(int row, int k0) const {
+    const int part = row % kParts;
+    // The last unit may reach past K.
+    const int k = part == 0 ? k0 : min(k0 + part * (kUnitK / kParts), p_.k - 1);
+    const int group =
+        static_cast<int>(static_cast<uint64_t>(k) * p_.group_multiplier >> 32) >> p_.group_shift;
     return static_cast<const T*>(row < kParts ? p_.scales : p_.zeros) +
            static_cast<int64_t>(group) * p_.n + n0_;
   }
 
-  __device__ __forceinline__ void LoadScales(uint32_t dst) {
-    constexpr int kRows = kParts * (kZeros ? 2 : 1);
-    if (p_.n_aligned) {
-      constexpr int kChunks = kScaleRowBytes / 16;
+  __device__ __forceinline__ void LoadScales(uint32_t dst, int k0) const {
+    constexpr int kChunks = kTileN / 8;  // of 16 bytes, in a row
 #pragma unroll
-      for (int i = 0; i < kRows * kChunks; i += 32) {
-        const int idx = i + lane_;
-        const int row = idx / kChunks, n = idx % kChunks * 8;
-        if (idx < kRows * kChunks && n0_ + n < p_.n)
-          CopyAsync(dst + 16 * idx, ScaleSource(row) + n);
-      }
-    } else {
-      for (int idx = lane_; idx < kRows * kTileN; idx += 32) {
-        const int row = idx / kTileN, n = idx % kTileN;
-        if (n0_ + n < p_.n)
-          StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row))[n]);
-      }
+    for (int i = 0; i < kScaleRows * kChunks; i += 32) {
+      const int idx = i + lane_;
+      const int row = idx / kChunks, n = idx % kChunks * 8;
+      if (idx < kScaleRows * kChunks && n0_ + n < p_.n)
+        CopyAsync(dst + 16 * idx, ScaleSource(row, k0) + n);
+    }
+  }
+
+  __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst, int k0) const {
+    for (int idx = lane_; idx < kScaleRows * kTileN; idx += 32) {
+      const int row = idx / kTileN, n = idx % kTileN;
+      if (n0_ + n < p_.n)
+        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row, k0))[n]);
     }
   }
 
   const DecodeParams& p_;
   const int lane_, n0_, rows_, row_blocks_;
   const uint64_t policy_;
-  const char* weights_;
-  const int64_t weights_step_;
+  const char* const weights_;
   const T* const x_;
-  int k_;
-  const int k_step_;
-  GroupCursor cursor_;
-  const GroupCursor cursor_step_;
 };
 
-// The products of one block: acc[r][j] += rows 16 r .. of the tile times tokens 8 j .. .
-template <typename T, int kTileN, int kTileM, bool kZeros, bool kSplitBlocks>
-__device__ __forceinline__ void MultiplyBlock(uint32_t stage, int x_bytes,
+// With few tokens sum(x) costs less than subtracting 8 from every code.
+__host__ __device__ constexpr bool UsesAffineCodes(int tile_m, bool zeros) {
+  return zeros || tile_m <= 16;
+}
+
+// The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
+// of the tile times tokens 8 j .. .
+template <typename T, int kTileN, int kTileM, bool kZeros, int kParts>
+__device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
                                               const uint32_t (&x_address)[kTileM / 8],
-                                              const bool (&x_exists)[kTileM / 8], uint32_t zero_row,
+                                              const bool (&x_exists)[kTileM / 8], uint32_t zeros,
                                               int lane, float (&acc)[kTileN / 16][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
-  constexpr int kParts = kSplitBlocks ? 2 : 1;
-  constexpr int kSteps = 4 / kParts;  // mma steps in a part
-  // Without zero points more tokens pay for subtracting 8 from each code once; with few, sum(x) is
-  // cheaper.
-  constexpr bool kAffine = kZeros || kTileM == 8;
+  constexpr int kBlocks = StageBlocks(kTileM);
+  constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
+  constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
 
-  uint32_t x[kTokenBlocks][2][4];
+  uint32_t x[kTokenBlocks][4 * kBlocks][2];  // operand B of every step
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (64 * h)) : zero_row, x[j][h]);
-  }
-
-  float sum[kParts][kTokenBlocks][4] = {};
-  if constexpr (kAffine) {
-    constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
-                                   D::InverseStep(1)};
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-#pragma unroll
-      for (int j = 0; j < kTokenBlocks; ++j)
-        Mma<T>(sum[s / kSteps][j], kOnes, x[j][s / 2][s % 2 * 2], x[j][s / 2][s % 2 * 2 + 1]);
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      uint32_t v[4];
+      LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (i % 2 * 64)) + i / 2 * 128 : zeros, v);
+      x[j][2 * i][0] = v[0], x[j][2 * i][1] = v[1];
+      x[j][2 * i + 1][0] = v[2], x[j][2 * i + 1][1] = v[3];
     }
   }
 
-  const uint32_t scale_address = stage + kRowBlocks * kBlockBytes + x_bytes + 2 * (lane / 4);
+  // An mma takes long to finish and the next on the same accumulator waits for it, so several
+  // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
+  constexpr int kRows = kTileM <= 16 ? 2 : 1;
+  constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
+  float sum[kParts][kTokenBlocks][4] = {};
+  constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
+                                 D::InverseStep(1)};
+  const uint32_t scale_address =
+      stage + kBlocks * (kRowBlocks * kBlockBytes + x_rows * kBlockK * 2) + lane / 4 * 2;
 #pragma unroll
-  for (int r = 0; r < kRowBlocks; ++r) {
-    const uint4 packed = LoadShared128(stage + r * kBlockBytes + 16 * lane);
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
+    uint32_t words[kRows][4 * kBlocks];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint4 v = LoadShared128(stage + (b * kRowBlocks + r0 + r) * kBlockBytes + 16 * lane);
+        words[r][4 * b] = v.x, words[r][4 * b + 1] = v.y;
+        words[r][4 * b + 2] = v.z, words[r][4 * b + 3] = v.w;
+      }
+    }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      float partial[kTokenBlocks][4] = {};
+      float partial[kRows][kChains][kTokenBlocks][4] = {};
 #pragma unroll
       for (int s = part * kSteps; s < (part + 1) * kSteps; ++s) {
-        uint32_t a[4];
-        if constexpr (kAffine) {
-          D::Affine(words[s], a);
-        } else {
-          D::template Exact<kSymmetricZero>(words[s], a);
+#pragma unroll
+        for (int j = 0; j < kTokenBlocks; ++j) {
+          if (kAffine && r0 == 0) Mma<T>(sum[part][j], kOnes, x[j][s][0], x[j][s][1]);
         }
 #pragma unroll
-        for (int j = 0; j < kTokenBlocks; ++j)
-          Mma<T>(partial[j], a, x[j][s / 2][s % 2 * 2], x[j][s / 2][s % 2 * 2 + 1]);
+        for (int r = 0; r < kRows; ++r) {
+          uint32_t a[4];
+          if constexpr (kAffine) {
+            D::Affine(words[r][s], a);
+          } else {
+            D::template Exact<kSymmetricZero>(words[r][s], a);
+          }
+#pragma unroll
+          for (int j = 0; j < kTokenBlocks; ++j)
+            Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1]);
+        }
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t row = scale_address + 2 * (part * kTileN + 16 * r + 8 * half);
-        float scale = LoadSharedFloat<T>(row);
-        if constexpr (kAffine) scale *= D::Step(half);
+      for (int i = 0; i < 2 * kRows; ++i) {
+        const int r = i / 2, half = i % 2;
+        const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
+        const float scale = LoadSharedFloat<T>(row);
         float zero = kSymmetricZero + D::kOffset;
         if constexpr (kZeros) zero = LoadSharedFloat<T>(row + 2 * kParts * kTileN) + D::kOffset;
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            float v = partial[j][i];
-            if constexpr (kAffine) v = fmaf(-zero, sum[part][j][i], v);
-            acc[r][j][i] = fmaf(scale, v, acc[r][j][i]);
+          for (int c = 2 * half; c < 2 * half + 2; ++c) {
+            float v = partial[r][0][j][c];
+            if constexpr (kChains == 2) v += partial[r][1][j][c];
+            if constexpr (kAffine) v = fmaf(-zero, sum[part][j][c], v);
+            acc[r0 + r][j][c] = fmaf(scale, v, acc[r0 + r][j][c]);
           }
         }
       }
@@ -282,38 +288,47 @@ __device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, fl
   }
 }
 
-template <typename T, int kTileN, int kTileM, int kStages, bool kZeros, bool kSplitBlocks>
-__global__ void __launch_bounds__(DecodeMaxThreads(kTileN, kTileM))
+template <typename T, int kTileN, int kTileM, int kStages, bool kZeros, int kParts>
+__global__ void __launch_bounds__(kMaxThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
-  static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0);
+  static_assert(kTileN % 32 == 0 && kTileM % 8 == 0);
   constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   extern __shared__ __align__(128) char shared[];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  const int rank = blockIdx.x % p.split_k;
-  const int tile = blockIdx.x / p.split_k;
-  const int n0 = tile / p.tiles_m * kTileN, m0 = tile % p.tiles_m * kTileM;
-  const int block_begin = static_cast<int>(static_cast<int64_t>(p.blocks_k) * rank / p.split_k);
-  const int block_end = static_cast<int>(static_cast<int64_t>(p.blocks_k) * (rank + 1) / p.split_k);
-  const int blocks = (block_end - block_begin - warp + num_warps - 1) / num_warps;  // this warp's
+  const int log2_split = p.log2_split_k;
+  const int rank = blockIdx.x & ((1 << log2_split) - 1);
+  int tile_n = blockIdx.x >> log2_split, tile_m = 0;
+  if (p.tiles_m > 1) {
+    tile_m = tile_n % p.tiles_m;
+    tile_n /= p.tiles_m;
+  }
+  const int n0 = tile_n * kTileN, m0 = tile_m * kTileM;
 
-  char* const partials = shared + ReceivedBytes(kTileN, kTileM, p.split_k);
+  // This warp's units of K: `first`, first + num_warps, ... below `end`. All CTAs take them in the
+  // same order, so that those of one SM find each other's x in L1.
+  constexpr int kBlocks = StageBlocks(kTileM);
+  const int units = (p.blocks_k + kBlocks - 1) / kBlocks;
+  const int first = (units * rank >> log2_split) + warp;
+  const int end = units * (rank + 1) >> log2_split;
+
+  char* const partials = shared + ReceivedBytes(kTileN, kTileM, 1 << log2_split);
   char* const ring = partials + warp * p.warp_bytes;
   const uint32_t ring_address = SharedAddress(ring);
+  const uint32_t zeros = ring_address + kStages * p.stage_bytes;
 
-  StageLoader<T, kTileN, kTileM, kZeros, kSplitBlocks> loader(p, n0, m0, block_begin + warp,
-                                                              num_warps, lane);
-#pragma unroll
+  const StageLoader<T, kTileN, kTileM, kZeros, kParts> loader(p, n0, m0, lane);
+#pragma unroll 1
   for (int s = 0; s < kStages; ++s) {
-    if (s < blocks) loader.Load(ring_address + s * p.stage_bytes);
+    const int unit = first + s * num_warps;
+    if (unit < end) loader.Load(ring_address + s * p.stage_bytes, unit);
     CopyAsyncCommit();
   }
 
 #if __CUDA_ARCH__ >= 900
-  if (p.split_k > 1) ClusterArriveRelaxed();
+  if (log2_split > 0) ClusterArriveRelaxed();
 #endif
 
-  const uint32_t zero_row = ring_address + kStages * p.stage_bytes;
   if (lane < kZeroBytes / 4) reinterpret_cast<uint32_t*>(ring + kStages * p.stage_bytes)[lane] = 0;
   const int rows = min(p.x_rows, p.m - m0);
   uint32_t x_address[kTokenBlocks];
@@ -322,23 +337,26 @@ __global__ void __launch_bounds__(DecodeMaxThreads(kTileN, kTileM))
   for (int j = 0; j < kTokenBlocks; ++j) {
     const int row = 8 * j + lane % 8;
     x_exists[j] = row < rows;
-    x_address[j] = kRowBlocks * kBlockBytes + row * kXRowBytes + 16 * ((lane / 8) ^ (lane % 8));
+    x_address[j] =
+        kBlocks * (kRowBlocks * kBlockBytes + row * kBlockK * 2) + 16 * ((lane / 8) ^ (lane % 8));
   }
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
-  int slot = 0;
-  for (int i = 0; i < blocks; ++i) {
-    const uint32_t stage = ring_address + slot * p.stage_bytes;
+  uint32_t stage = ring_address;
+#pragma unroll 1
+  for (int unit = first; unit < end; unit += num_warps) {
     CopyAsyncWait<kStages - 1>();
     __syncwarp();  // invariant 1
-    MultiplyBlock<T, kTileN, kTileM, kZeros, kSplitBlocks>(stage, p.x_rows * kXRowBytes, x_address,
-                                                           x_exists, zero_row, lane, acc);
+    MultiplyStage<T, kTileN, kTileM, kZeros, kParts>(stage, p.x_rows, x_address, x_exists, zeros,
+                                                     lane, acc);
     __syncwarp();  // invariants 2 and 3
-    if (i + kStages < blocks) loader.Load(stage);
+    const int next = unit + kStages * num_warps;
+    if (next < end) loader.Load(stage, next);
     CopyAsyncCommit();
-    slot = slot + 1 == kStages ? 0 : slot + 1;
+    stage = stage + p.stage_bytes == zeros ? ring_address : stage + p.stage_bytes;
   }
 
+  constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
   constexpr int kStride = PartialStride(kTileN);
   float* const partial = reinterpret_cast<float*>(ring);
 #pragma unroll
@@ -348,69 +366,73 @@ __global__ void __launch_bounds__(DecodeMaxThreads(kTileN, kTileM))
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + lane / 4 + i / 2 * 8] =
-            acc[r][j][i];
+            kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i];
     }
   }
 #if __CUDA_ARCH__ >= 900
-  if (p.split_k > 1) ClusterWait();  // invariant 5
+  if (log2_split > 0) ClusterWait();  // invariant 5
 #endif
   __syncthreads();  // invariant 4
 
-  const auto store = [&](int idx, float4 sum) {
-    const int m = m0 + idx / (kTileN / 4), n = n0 + idx % (kTileN / 4) * 4;
+  // Outputs go in quads: 4 columns of one token.
+  constexpr int kQuads = kTileN / 4;
+  const auto store = [&](int token, int quad, float4 sum) {
     if (p.out_float32) {
-      StoreOut<float, T>(p, m, n, sum);
+      StoreOut<float, T>(p, m0 + token, n0 + 4 * quad, sum);
     } else {
-      StoreOut<T, T>(p, m, n, sum);
+      StoreOut<T, T>(p, m0 + token, n0 + 4 * quad, sum);
     }
   };
   const auto add = [](float4& a, const float4& b) {
     a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
   };
-  const int quads = rows * (kTileN / 4);  // groups of 4 outputs
-#if __CUDA_ARCH__ >= 900
-  const int quads_per_rank = (quads + p.split_k - 1) / p.split_k;
-#endif
-  for (int idx = threadIdx.x; idx < quads; idx += blockDim.x) {
-    const int offset = (idx / (kTileN / 4) * kStride + idx % (kTileN / 4) * 4) * 4;
-    float4 sum = *reinterpret_cast<const float4*>(partials + offset);
+  const int log2_share = Log2(kQuads) - log2_split;  // of a token's quads, in each CTA's care
+  for (int idx = threadIdx.x; idx < rows * kQuads; idx += blockDim.x) {
+    const int token = idx / kQuads, quad = idx % kQuads;
+    const char* part = partials + 4 * (token * kStride + 4 * quad);
+    float4 sum = *reinterpret_cast<const float4*>(part);
     for (int w = 1; w < num_warps; ++w)
-      add(sum, *reinterpret_cast<const float4*>(partials + w * p.warp_bytes + offset));
-    if (p.split_k == 1) {
-      store(idx, sum);
+      add(sum, *reinterpret_cast<const float4*>(part + w * p.warp_bytes));
+    if (log2_split == 0) {
+      store(token, quad, sum);
       continue;
     }
 #if __CUDA_ARCH__ >= 900
-    const int owner = idx / quads_per_rank;
-    StoreCluster(SharedAddress(shared) + 16 * (rank * quads_per_rank + idx % quads_per_rank), owner,
-                 sum);
+    const int owner = quad >> log2_share, at = quad & ((1 << log2_share) - 1);
+    StoreCluster(
+        SharedAddress(shared) + 16 * ((((rank << Log2(kTileM)) + token) << log2_share) + at), owner,
+        sum);
 #endif
   }
 #if __CUDA_ARCH__ >= 900
-  if (p.split_k == 1) return;
+  if (log2_split == 0) return;
   ClusterArriveRelease();
   ClusterWait();  // invariant 6
-  const int first = rank * quads_per_rank;
-  const int count = min(quads_per_rank, quads - first);
-  for (int idx = threadIdx.x; idx < count; idx += blockDim.x) {
-    const float4* parts = reinterpret_cast<const float4*>(shared) + idx;
-    float4 sum = parts[0];
-    for (int s = 1; s < p.split_k; ++s) add(sum, parts[s * quads_per_rank]);
-    store(first + idx, sum);
+  for (int idx = threadIdx.x; idx < rows << log2_share; idx += blockDim.x) {
+    const float4* part = reinterpret_cast<const float4*>(shared) + idx;
+    float4 sum = part[0];
+    for (int s = 1; s < 1 << log2_split; ++s) add(sum, part[(s << Log2(kTileM)) << log2_share]);
+    store(idx >> log2_share, (rank << log2_share) + (idx & ((1 << log2_share) - 1)), sum);
   }
 #endif
 }
 
+template <typename T, int kTileN, int kTileM, int kStages, bool kZeros>
+DecodeKernelPointer KernelForParts(int parts) {
+  constexpr int kMost = 2 * StageBlocks(kTileM);
+  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, 1>;
+  if (parts == kMost) return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, kMost>;
+  return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, 2>;
+}
+
 template <typename T>
-DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, bool split_blocks) {
-#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT)                                      \
-  static_assert(WARPS * 32 <= DecodeMaxThreads(N, M));                                \
-  if (c.tile_n == N && c.tile_m == M && c.stages == STAGES) {                         \
-    return has_zeros      ? split_blocks ? DecodeKernel<T, N, M, STAGES, true, true>  \
-                                         : DecodeKernel<T, N, M, STAGES, true, false> \
-           : split_blocks ? DecodeKernel<T, N, M, STAGES, false, true>                \
-                          : DecodeKernel<T, N, M, STAGES, false, false>;              \
-  }
+DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
+#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT)                                             \
+  static_assert(WARPS * 32 <= kMaxThreads && SPLIT * 4 <= N && (WARPS & (WARPS - 1)) == 0 && \
+                (SPLIT & (SPLIT - 1)) == 0);                                                 \
+  if (c.tile_n == N && c.tile_m == M && c.stages == STAGES)                                  \
+    return has_zeros ? KernelForParts<T, N, M, STAGES, true>(parts)                          \
+                     : KernelForParts<T, N, M, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_CUTLASS(...)
 #include "../configs.inc"

@@ -14,11 +14,15 @@ struct DecodeParams {
   const void* bias;  // nullptr: none
   void* out;
   int m, n, k;
-  int group_size;  // above K where a scale serves its whole column
-  int num_groups;
   int blocks_n, blocks_k;
   int tiles_m;
-  int split_k;
+  int log2_split_k;
+  // Groups (in a column of one group, group_size is beyond K):
+  int group_size;
+  int num_groups;
+  uint32_t group_multiplier;  // k / group_size == (k * group_multiplier) >> (32 + group_shift)
+  int group_shift;
+  // Shared memory:
   int x_rows;       // rows of x that a stage holds: min(M, tile_m)
   int stage_bytes;  // one warp's stage
   int warp_bytes;   // one warp's ring of stages, later its partial tile
@@ -30,9 +34,19 @@ struct DecodeParams {
 
 using DecodeKernelPointer = void (*)(DecodeParams);
 
-// True if a block of 64 codes of K may lie in two groups.
-constexpr bool GroupsSplitBlocks(const Problem& p) {
-  return p.group_size < p.k && p.group_size % kBlockK != 0;
+// Blocks of K in a stage. Two share their waits and, where a group spans them, their scales; with
+// more tokens their fragments of x would not fit the registers.
+W4A16_HD constexpr int StageBlocks(int tile_m) { return tile_m <= 16 ? 2 : 1; }
+
+// Equal parts of a stage, each in one group: as few as the group size allows. Where rows of x,
+// scales or zeros are not aligned to 16 bytes it is the most, so that only those kernels need the
+// slower copies.
+constexpr int StageParts(const Problem& p, int tile_m) {
+  const int blocks = StageBlocks(tile_m), most = 2 * blocks;
+  if (p.k % 8 != 0 || p.n % 8 != 0) return most;
+  int parts = 1;
+  while (p.group_size < p.k && p.group_size % (kBlockK * blocks / parts) != 0) parts *= 2;
+  return parts;
 }
 
 // Floats between two tokens of a warp's partial tile: with 4 added, the 8 x 4 accumulators that a
@@ -47,17 +61,16 @@ struct DecodeSharedMemory {
 };
 
 inline constexpr int kZeroBytes = 16;  // stand for the tokens that do not exist
-inline constexpr int kXRowBytes = 2 * kBlockK;
-
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
-  return split_k == 1 ? 0 : 4 * tile_n * tile_m + 16 * split_k;
+  return split_k == 1 ? 0 : 4 * tile_n * tile_m;
 }
 
 constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {
   const int x_rows = p.m < c.tile_m ? static_cast<int>(p.m) : c.tile_m;
-  const int scale_rows = (GroupsSplitBlocks(p) ? 2 : 1) * (p.has_zeros ? 2 : 1);
-  const int stage =
-      c.tile_n / kBlockN * kBlockBytes + x_rows * kXRowBytes + scale_rows * c.tile_n * 2;
+  const int blocks = StageBlocks(c.tile_m);
+  const int scale_rows = StageParts(p, c.tile_m) * (p.has_zeros ? 2 : 1);
+  const int stage = blocks * (c.tile_n / kBlockN * kBlockBytes + x_rows * kBlockK * 2) +
+                    scale_rows * c.tile_n * 2;
   const int ring = c.stages * stage + kZeroBytes;
   const int partial = c.tile_m * PartialStride(c.tile_n) * 4;
   const int warp = ring > partial ? ring : partial;
@@ -65,7 +78,7 @@ constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config
 }
 
 // The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu).
-DecodeKernelPointer FindDecodeKernelF16(const Config& config, bool has_zeros, bool split_blocks);
-DecodeKernelPointer FindDecodeKernelBf16(const Config& config, bool has_zeros, bool split_blocks);
+DecodeKernelPointer FindDecodeKernelF16(const Config& config, bool has_zeros, int parts);
+DecodeKernelPointer FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts);
 
 }  // namespace w4a16

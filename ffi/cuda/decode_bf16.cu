@@ -2,8 +2,8 @@
 
 namespace w4a16 {
 
-DecodeKernelPointer FindDecodeKernelBf16(const Config& config, bool has_zeros, bool split_blocks) {
-  return FindDecodeKernel<__nv_bfloat16>(config, has_zeros, split_blocks);
+DecodeKernelPointer FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts) {
+  return FindDecodeKernel<__nv_bfloat16>(config, has_zeros, parts);
 }
 
 }  // namespace w4a16

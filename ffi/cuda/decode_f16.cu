@@ -2,8 +2,8 @@
 
 namespace w4a16 {
 
-DecodeKernelPointer FindDecodeKernelF16(const Config& config, bool has_zeros, bool split_blocks) {
-  return FindDecodeKernel<__half>(config, has_zeros, split_blocks);
+DecodeKernelPointer FindDecodeKernelF16(const Config& config, bool has_zeros, int parts) {
+  return FindDecodeKernel<__half>(config, has_zeros, parts);
 }
 
 }  // namespace w4a16

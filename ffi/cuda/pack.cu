@@ -14,18 +14,19 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerCta = kThreads / 8;
 
 __global__ void __launch_bounds__(kThreads)
-    PackKernel(const uint8_t* __restrict__ codes, int64_t k, int64_t n, uint4* __restrict__ qweight,
-               int64_t blocks_n, int64_t ctas_n) {
-  const int64_t block_k = blockIdx.x / ctas_n;
-  const int64_t block_n = blockIdx.x % ctas_n * kBlocksPerCta + threadIdx.x / 8;
+    PackKernel(const uint8_t* __restrict__ codes, int k, int n, uint4* __restrict__ qweight,
+               int blocks_n, int ctas_n) {
+  const int cta = blockIdx.x;
+  const int block_k = cta / ctas_n;
+  const int block_n = cta % ctas_n * kBlocksPerCta + threadIdx.x / 8;
   if (block_n >= blocks_n) return;
   const int t = threadIdx.x % 4, quad = threadIdx.x / 4 % 2;
-  const int64_t k0 = block_k * kBlockK, n0 = block_n * kBlockN + 4 * quad;
+  const int k0 = block_k * kBlockK, n0 = block_n * kBlockN + 4 * quad;
 
   const auto load = [&](int n8, int row) -> uint32_t {
-    const int64_t first = n0 + 8 * n8;
+    const int first = n0 + 8 * n8;
     if (k0 + row >= k) return 0;
-    const uint8_t* src = codes + (k0 + row) * n + first;
+    const uint8_t* src = codes + static_cast<int64_t>(k0 + row) * n + first;
     if (n % 4 == 0) return first < n ? __ldg(reinterpret_cast<const uint32_t*>(src)) : 0;
     uint32_t v = 0;
     for (int i = 0; i < 4; ++i) {
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   uint4 columns[4];
   PackColumns(t, load, columns);
-  uint4* out = qweight + (block_k * blocks_n + block_n) * (kBlockBytes / 16);
+  uint4* out = qweight + (static_cast<int64_t>(block_k) * blocks_n + block_n) * (kBlockBytes / 16);
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[4 * (4 * quad + i) + t] = columns[i];
 }

@@ -19,7 +19,7 @@ __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   return policy;
 }
 
-// Asynchronous copies of 16 bytes, global -> shared, past L1.
+// Asynchronous copies of 16 bytes, global -> shared: past L1, but for CopyAsyncOrZero.
 __device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
@@ -32,7 +32,7 @@ __device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, uint64_
 
 // Writes zeros, and reads nothing, unless `valid`.
 __device__ __forceinline__ void CopyAsyncOrZero(uint32_t dst, const void* src, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
                "r"(valid ? 16 : 0)
                : "memory");
 }

@@ -1,14 +1,15 @@
 // w[K, N] -> packed words, scales, zeros, by the rule of quantize.h.
 //
 // QuantizeKernel: a CTA owns kRows rows of K and 128 columns, held in registers between the two
-// looks at them (thread: 8 neighbouring columns, kRows / 16 neighbouring rows, which lie in one
-// group):
+// looks at them (thread: 8 neighbouring columns, 8 neighbouring rows, which lie in one group):
 //
 //   registers -> min, max per thread -> shared -> scale, zero per (group, column) -> shared
 //             -> codes as bytes in shared memory -> packed words (PackColumns)
 //
 // That needs groups that divide kRows. For others ScaleKernel finds scales and zeros first, and
 // QuantizeKernel reads them (kGiven), at the price of reading w twice.
+#include <type_traits>
+
 #include "../quantize.h"
 #include "convert.cuh"
 #include "kernels.h"
@@ -17,14 +18,14 @@
 namespace w4a16 {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kColumns = 128;                 // of a CTA of QuantizeKernel
 constexpr int kColumnThreads = kColumns / 8;  // side by side
-constexpr int kRowThreads = kThreads / kColumnThreads;
+constexpr int kRowsPerThread = 8;
 constexpr int kCodeStride = kColumns + 32;  // bytes; spreads the rows of PackColumns over the banks
 
-constexpr int kScaleColumns = 32;  // of a CTA of ScaleKernel
-constexpr int kScaleRowThreads = kThreads / (kScaleColumns / 8);
+constexpr int kScaleThreads = 256;  // of a CTA of ScaleKernel
+constexpr int kScaleColumns = 32;
+constexpr int kScaleRowThreads = kScaleThreads / (kScaleColumns / 8);
 
 // max and min that keep a NaN, as MaxOrNan and MinOrNan.
 __device__ __forceinline__ float MaxNan(float a, float b) {
@@ -37,14 +38,44 @@ __device__ __forceinline__ float MinNan(float a, float b) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 }
+__device__ __forceinline__ __half2 MaxNan(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
+__device__ __forceinline__ __half2 MinNan(__half2 a, __half2 b) { return __hmin2_nan(a, b); }
+__device__ __forceinline__ __nv_bfloat162 MaxNan(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmax2_nan(a, b);
+}
+__device__ __forceinline__ __nv_bfloat162 MinNan(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmin2_nan(a, b);
+}
 
 struct Range {
   float lo, hi;  // both include 0
 
-  __device__ __forceinline__ void Add(float v) { lo = MinNan(lo, v), hi = MaxNan(hi, v); }
   __device__ __forceinline__ void Add(const Range& other) {
     lo = MinNan(lo, other.lo), hi = MaxNan(hi, other.hi);
   }
+};
+
+// Ranges of 8 columns, kept in the weights' own type, which loses nothing.
+template <typename W>
+class ColumnRanges {
+ public:
+  __device__ __forceinline__ void Add(const Vector8<W>& v) {
+    const Lanes* lanes = reinterpret_cast<const Lanes*>(v.v);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i)
+      lo_[i] = MinNan(lo_[i], lanes[i]), hi_[i] = MaxNan(hi_[i], lanes[i]);
+  }
+  __device__ __forceinline__ Range operator[](int i) const {
+    return {ToFloat(reinterpret_cast<const W*>(lo_)[i]),
+            ToFloat(reinterpret_cast<const W*>(hi_)[i])};
+  }
+
+ private:
+  using Lanes =
+      std::conditional_t<std::is_same_v<W, float>, float,
+                         std::conditional_t<std::is_same_v<W, __half>, __half2, __nv_bfloat162>>;
+  static constexpr int kLanes = 8 * sizeof(W) / sizeof(Lanes);
+  Lanes lo_[kLanes] = {}, hi_[kLanes] = {};
 };
 
 struct ScaleAndZero {
@@ -59,163 +90,174 @@ __device__ __forceinline__ ScaleAndZero ScaleOf(const Range& range, bool symmetr
   return {stored, symmetric ? kSymmetricZero : ZeroPoint(range.lo, stored)};
 }
 
-// The codes of one column under one scale.
+// Codes of 4 neighbouring columns, a byte each.
 template <typename S>
 class Encoder {
  public:
-  __device__ __forceinline__ Encoder(float scale, float zero)
-      : scale_(scale), zero_(zero), inverse_(1.0f / scale) {
-    // Where neither the inverse nor a residual can leave float's normal range. A float32 scale
-    // has too many bits for the single correction below.
-    fast_ = sizeof(S) == 2 && scale >= 0x1p-60f && scale <= 0x1p60f;
+  __device__ __forceinline__ explicit Encoder(const ScaleAndZero* columns) {
+    // The short way needs that neither the inverse nor a residual leaves float's normal range, that
+    // the stored scale is within a 128th of the exact one (it is normal in its own type), and a
+    // scale of few bits. A NaN fails the comparisons.
+    fast_ = sizeof(S) == 2;
+    bias_ = 0u - 0x40404040u;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      scale_[c] = columns[c].scale;
+      inverse_[c] = 1.0f / columns[c].scale;
+      bias_ += static_cast<uint32_t>(columns[c].zero) << (8 * c);
+      fast_ &= columns[c].scale >= 0x1p-14f && columns[c].scale <= 0x1p60f;
+    }
   }
 
   __device__ __forceinline__ bool fast() const { return fast_; }
-  __device__ __forceinline__ int Slow(float w) const { return CodeOf(w, scale_, zero_); }
 
-  // w / scale, correctly rounded: one step of correction by the residual, which fma leaves exact.
-  // Adding 1.5 * 2^23 then rounds to an integer, half to even, in the low bits.
-  __device__ __forceinline__ int Fast(float w) const {
-    const float estimate = __fmul_rn(w, inverse_);
-    const float residual = __fmaf_rn(-estimate, scale_, w);
-    const float quotient = __fmaf_rn(residual, inverse_, estimate);
-    const int rounded = __float_as_int(__fadd_rn(quotient, 12582912.0f)) - 0x4b400000;
-    return min(max(rounded + static_cast<int>(zero_), 0), 15);
+  // w / scale, correctly rounded: one correction by the residual, which fma leaves exact. Adding
+  // 1.5 * 2^23 + 64 then rounds it to an integer, half to even, whose low byte is 64 + rint(w /
+  // scale). With the zero points that makes 0 .. 16, since |w| is at most 7.5 scales, or the range
+  // 15 scales; 16 becomes 15.
+  __device__ __forceinline__ uint32_t Fast(const float (&w)[4]) const {
+    uint32_t bits[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float estimate = __fmul_rn(w[c], inverse_[c]);
+      const float residual = __fmaf_rn(-estimate, scale_[c], w[c]);
+      const float quotient = __fmaf_rn(residual, inverse_[c], estimate);
+      bits[c] = __float_as_uint(__fadd_rn(quotient, 12582912.0f + 64.0f));
+    }
+    const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
+    const uint32_t high = __byte_perm(bits[2], bits[3], 0x0040);
+    const uint32_t codes = __byte_perm(low, high, 0x5410) + bias_;
+    return codes - ((codes >> 4) & 0x01010101);
+  }
+
+  __device__ __forceinline__ uint32_t Slow(const float (&w)[4], const ScaleAndZero* columns) const {
+    uint32_t codes = 0;
+    for (int c = 0; c < 4; ++c) codes |= CodeOf(w[c], columns[c].scale, columns[c].zero) << (8 * c);
+    return codes;
   }
 
  private:
-  float scale_, zero_, inverse_;
+  float scale_[4], inverse_[4];
+  uint32_t bias_;
   bool fast_;
 };
 
 template <typename W, typename S>
-__global__ void __launch_bounds__(kThreads)
-    ScaleKernel(const W* __restrict__ w, int64_t k, int64_t n, int64_t group_size, int64_t ctas_n,
+__global__ void __launch_bounds__(kScaleThreads)
+    ScaleKernel(const W* __restrict__ w, int k, int n, int group_size, int ctas_n,
                 S* __restrict__ scales, S* __restrict__ zeros) {
-  __shared__ Range ranges[kThreads / 32][kScaleColumns];
-  const int64_t group = blockIdx.x / ctas_n;
+  __shared__ Range ranges[kScaleThreads / 32][kScaleColumns];
+  const int cta = blockIdx.x;
+  const int group = cta / ctas_n;
   const int column = threadIdx.x % 4 * 8;
-  const int64_t n0 = blockIdx.x % ctas_n * kScaleColumns;
-  const int64_t row_end = min(k, (group + 1) * group_size);
-  Range range[8] = {};
+  const int n0 = cta % ctas_n * kScaleColumns;
+  const int row_end = min(k, (group + 1) * group_size);
+  ColumnRanges<W> own;
   if (n0 + column < n) {
     const W* src = w + n0 + column;
 #pragma unroll 8
-    for (int64_t row = group * group_size + threadIdx.x / 4; row < row_end;
-         row += kScaleRowThreads) {
-      const auto values = Vector8<W>::Load(src + row * n, n - n0 - column, n % 8 == 0);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) range[i].Add(ToFloat(values.v[i]));
-    }
+    for (int row = group * group_size + threadIdx.x / 4; row < row_end; row += kScaleRowThreads)
+      own.Add(Vector8<W>::Load(src + static_cast<int64_t>(row) * n, n - n0 - column, n % 8 == 0));
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
+    Range range = own[i];
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2)
-      range[i].Add(Range{__shfl_xor_sync(~0u, range[i].lo, distance),
-                    __shfl_xor_sync(~0u, range[i].hi, distance)});
-    if (threadIdx.x % 32 < 4) ranges[threadIdx.x / 32][column + i] = range[i];
+      range.Add(Range{__shfl_xor_sync(~0u, range.lo, distance),
+                      __shfl_xor_sync(~0u, range.hi, distance)});
+    if (threadIdx.x % 32 < 4) ranges[threadIdx.x / 32][column + i] = range;
   }
   __syncthreads();
-  const int64_t to = n0 + threadIdx.x;
+  const int to = n0 + static_cast<int>(threadIdx.x);
   if (threadIdx.x >= kScaleColumns || to >= n) return;
   Range total = {};
-  for (int i = 0; i < kThreads / 32; ++i) total.Add(ranges[i][threadIdx.x]);
+  for (int i = 0; i < kScaleThreads / 32; ++i) total.Add(ranges[i][threadIdx.x]);
   const ScaleAndZero result = ScaleOf<S>(total, zeros == nullptr);
-  scales[group * n + to] = FromFloat<S>(result.scale);
-  if (zeros != nullptr) zeros[group * n + to] = FromFloat<S>(result.zero);
+  const int64_t at = static_cast<int64_t>(group) * n + to;
+  scales[at] = FromFloat<S>(result.scale);
+  if (zeros != nullptr) zeros[at] = FromFloat<S>(result.zero);
 }
 
+constexpr int ThreadsForRows(int rows) { return rows / kRowsPerThread * kColumnThreads; }
+
 template <typename W, typename S, int kRows, bool kGiven>
-__global__ void __launch_bounds__(kThreads)
-    QuantizeKernel(const W* __restrict__ w, int64_t k, int64_t n, int64_t group_size,
-                   int64_t blocks_n, int64_t ctas_n, uint4* __restrict__ qweight, S* scales,
-                   S* zeros) {
-  constexpr int kRowsPerThread = kRows / kRowThreads;
-  constexpr int kMaxGroups = kRows / 32;
+__global__ void __launch_bounds__(ThreadsForRows(kRows), kRows == 128 ? 2 : 1)
+    QuantizeKernel(const W* __restrict__ w, int k, int n, int group_size, int blocks_n, int ctas_n,
+                   uint4* __restrict__ qweight, S* scales, S* zeros) {
+  constexpr int kThreads = kRows / kRowsPerThread * kColumnThreads;
+  constexpr int kRowThreads = kRows / kRowsPerThread;
+  constexpr int kChunks = kRows / 32;  // of rows, each in one group
   union Shared {
     Range ranges[kRowThreads][kColumns];
     uint8_t codes[kRows][kCodeStride];
   };
   __shared__ alignas(16) Shared shared;
-  __shared__ ScaleAndZero table[kGiven ? 1 : kMaxGroups][kGiven ? 1 : kColumns];
+  __shared__ ScaleAndZero table[kChunks][kColumns];
 
-  const int64_t k0 = blockIdx.x / ctas_n * kRows, n0 = blockIdx.x % ctas_n * kColumns;
+  const int cta = blockIdx.x;
+  const int k0 = cta / ctas_n * kRows, n0 = cta % ctas_n * kColumns;
   const int column = threadIdx.x % kColumnThreads * 8;
   const int row = threadIdx.x / kColumnThreads * kRowsPerThread;
-  const int64_t columns = n - n0 - column;  // from this thread's first on
+  const int columns = n - n0 - column;  // from this thread's first on
   const bool aligned = n % 8 == 0;
   const bool symmetric = zeros == nullptr;
 
   Vector8<W> values[kRowsPerThread];
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
-    const int64_t from = k0 + row + i;
-    values[i] = Vector8<W>::Load(w + from * n + n0 + column, from < k ? columns : 0, aligned);
+    const int from = k0 + row + i;
+    values[i] = Vector8<W>::Load(w + static_cast<int64_t>(from) * n + n0 + column,
+                                 from < k ? columns : 0, aligned);
   }
 
-  ScaleAndZero scale[8];
-  if constexpr (kGiven) {
-    const int64_t from = min(k0 + row, k - 1) / group_size * n + n0 + column;
-    const auto s = Vector8<S>::Load(scales + from, columns, aligned);
-    Vector8<S> z;
-    if (!symmetric) z = Vector8<S>::Load(zeros + from, columns, aligned);
+  if constexpr (!kGiven) {
+    ColumnRanges<W> own;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      scale[i] = {ToFloat(s.v[i]), symmetric ? kSymmetricZero : ToFloat(z.v[i])};
-  } else {
-    Range range[8] = {};
+    for (int i = 0; i < kRowsPerThread; ++i) own.Add(values[i]);
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) range[j].Add(ToFloat(values[i].v[j]));
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) shared.ranges[threadIdx.x / kColumnThreads][column + j] = range[j];
+    for (int j = 0; j < 8; ++j) shared.ranges[threadIdx.x / kColumnThreads][column + j] = own[j];
     __syncthreads();
-    const int rows_per_group = min(static_cast<int>(group_size), kRows);
-    const int threads_per_group = rows_per_group / kRowsPerThread;
-    for (int idx = threadIdx.x; idx < kRows / rows_per_group * kColumns; idx += kThreads) {
-      const int group = idx / kColumns, c = idx % kColumns;
+  }
+  const int rows_per_group = min(group_size, kRows);
+  for (int idx = threadIdx.x; idx < kChunks * kColumns; idx += kThreads) {
+    const int chunk = idx / kColumns, c = idx % kColumns;
+    const int first = k0 + 32 * chunk;
+    const int64_t at = static_cast<int64_t>(first / group_size) * n + n0 + c;
+    const bool exists = first < k && n0 + c < n;
+    if constexpr (kGiven) {
+      table[chunk][c] = exists ? ScaleAndZero{ToFloat(scales[at]),
+                                              symmetric ? kSymmetricZero : ToFloat(zeros[at])}
+                               : ScaleAndZero{};
+    } else if (32 * chunk % rows_per_group == 0) {
       Range total = {};
-      for (int i = 0; i < threads_per_group; ++i)
-        total.Add(shared.ranges[group * threads_per_group + i][c]);
+      for (int i = 32 * chunk; i < 32 * chunk + rows_per_group; i += kRowsPerThread)
+        total.Add(shared.ranges[i / kRowsPerThread][c]);
       const ScaleAndZero result = ScaleOf<S>(total, symmetric);
-      table[group][c] = result;
-      const int64_t first = k0 + group * rows_per_group;
-      if (first < k && n0 + c < n) {
-        const int64_t to = first / rows_per_group * n + n0 + c;
-        scales[to] = FromFloat<S>(result.scale);
-        if (!symmetric) zeros[to] = FromFloat<S>(result.zero);
+      for (int i = 0; i < rows_per_group / 32; ++i) table[chunk + i][c] = result;
+      if (exists) {
+        scales[at] = FromFloat<S>(result.scale);
+        if (!symmetric) zeros[at] = FromFloat<S>(result.zero);
       }
     }
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < 8; ++j) scale[j] = table[row / rows_per_group][column + j];
   }
+  __syncthreads();
 
 #pragma unroll
   for (int j = 0; j < 8; j += 4) {
-    const Encoder<S> encoders[4] = {{scale[j].scale, scale[j].zero},
-                                    {scale[j + 1].scale, scale[j + 1].zero},
-                                    {scale[j + 2].scale, scale[j + 2].zero},
-                                    {scale[j + 3].scale, scale[j + 3].zero}};
-    const bool fast =
-        encoders[0].fast() && encoders[1].fast() && encoders[2].fast() && encoders[3].fast();
+    ScaleAndZero scale[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) scale[c] = table[row / 32][column + j + c];
+    const Encoder<S> encoder(scale);
     // Padding gets code 0.
-    const int64_t left = columns - j;
+    const int left = columns - j;
     const uint32_t mask = left >= 4 ? ~0u : left <= 0 ? 0 : (1u << (8 * left)) - 1;
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-      uint32_t codes = 0;
-      if (fast) {
+      float quad[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-          codes |= encoders[c].Fast(ToFloat(values[i].v[j + c])) << (8 * c);
-      } else {
-        for (int c = 0; c < 4; ++c)
-          codes |= encoders[c].Slow(ToFloat(values[i].v[j + c])) << (8 * c);
-      }
+      for (int c = 0; c < 4; ++c) quad[c] = ToFloat(values[i].v[j + c]);
+      const uint32_t codes = encoder.fast() ? encoder.Fast(quad) : encoder.Slow(quad, scale);
       *reinterpret_cast<uint32_t*>(&shared.codes[row + i][column + j]) =
           k0 + row + i < k ? codes & mask : 0;
     }
@@ -225,7 +267,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kBlocksN = kColumns / kBlockN;
   for (int idx = threadIdx.x; idx < kRows / kBlockK * kBlocksN * 8; idx += kThreads) {
     const int t = idx % 4, quad = idx / 4 % 2, nb = idx / 8 % kBlocksN, kb = idx / 8 / kBlocksN;
-    const int64_t block_k = k0 / kBlockK + kb, block_n = n0 / kBlockN + nb;
+    const int block_k = k0 / kBlockK + kb, block_n = n0 / kBlockN + nb;
     if (block_n >= blocks_n || block_k * kBlockK >= k) continue;
     const uint8_t* codes = &shared.codes[kb * kBlockK][nb * kBlockN + 4 * quad];
     uint4 packed[4];
@@ -235,7 +277,8 @@ __global__ void __launch_bounds__(kThreads)
           return *reinterpret_cast<const uint32_t*>(codes + r * kCodeStride + 8 * n8);
         },
         packed);
-    uint4* out = qweight + (block_k * blocks_n + block_n) * (kBlockBytes / 16);
+    uint4* out =
+        qweight + (static_cast<int64_t>(block_k) * blocks_n + block_n) * (kBlockBytes / 16);
 #pragma unroll
     for (int i = 0; i < 4; ++i) out[4 * (4 * quad + i) + t] = packed[i];
   }
@@ -255,15 +298,16 @@ Status QuantizeCuda(const void* w, DType w_dtype, int64_t k, int64_t n, int64_t 
       S *const s = static_cast<S*>(scales), *const z = static_cast<S*>(zeros);
       const int64_t ctas_n = CeilDiv(n, kColumns);
       const auto quantize = [&](auto kernel, int rows) {
-        return Launch("quantize", kernel, CeilDiv(k, rows) * ctas_n, kThreads, stream, values, k, n,
-                      group, BlocksN(n), ctas_n, reinterpret_cast<uint4*>(qweight), s, z);
+        return Launch("quantize", kernel, CeilDiv(k, rows) * ctas_n, ThreadsForRows(rows), stream,
+                      values, k, n, group, BlocksN(n), ctas_n, reinterpret_cast<uint4*>(qweight), s,
+                      z);
       };
       if (group == 32 || group == 64 || group == 128)
         return quantize(QuantizeKernel<W, S, 128, false>, 128);
       if (group == 256) return quantize(QuantizeKernel<W, S, 256, false>, 256);
       const int64_t strips = CeilDiv(n, kScaleColumns);
       if (Status status = Launch("quantize_scales", ScaleKernel<W, S>, CeilDiv(k, group) * strips,
-                                 kThreads, stream, values, k, n, group, strips, s, z);
+                                 kScaleThreads, stream, values, k, n, group, strips, s, z);
           !status.ok())
         return status;
       return quantize(QuantizeKernel<W, S, 128, true>, 128);
