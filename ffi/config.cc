@@ -15,14 +15,17 @@ constexpr Config kConfigs[] = {
    .warps = WARPS,                                                   \
    .stages = STAGES,                                                 \
    .split_k = SPLIT},
-#define W4A16_WGMMA(N, M, STAGES, SPLIT)                \
-  {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kWgmma,                            \
-   .tile_n = N,                                         \
-   .tile_m = M,                                         \
-   .stages = STAGES,                                    \
-   .split_k = SPLIT},
-#define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER)                       \
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, START, STEP, TILE) \
+  {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT,     \
+   .family = Family::kWgmma,                                \
+   .tile_n = N,                                             \
+   .tile_m = M,                                             \
+   .stages = STAGES,                                        \
+   .split_k = SPLIT,                                        \
+   .start_us = START##f,                                    \
+   .step_ns = STEP##f,                                      \
+   .tile_us = TILE##f},
+#define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, START, STEP, TILE)    \
   {.name = "cutlass_" #N "x" #M "_c" #CN "x" #CM "_" #SCHEDULE "_" #SCHEDULER, \
    .family = Family::kCutlass,                                                 \
    .tile_n = N,                                                                \
@@ -30,7 +33,10 @@ constexpr Config kConfigs[] = {
    .cluster_n = CN,                                                            \
    .cluster_m = CM,                                                            \
    .schedule = Schedule::k##SCHEDULE,                                          \
-   .scheduler = Scheduler::k##SCHEDULER},
+   .scheduler = Scheduler::k##SCHEDULER,                                       \
+   .start_us = START##f,                                                       \
+   .step_ns = STEP##f,                                                         \
+   .tile_us = TILE##f},
 #include "configs.inc"
 #undef W4A16_DECODE
 #undef W4A16_WGMMA

@@ -5,12 +5,26 @@
 namespace w4a16 {
 namespace {
 
-// Estimated cost of `config`; smaller is better, infinity means never.
-double Cost(const Problem& p, const Device& device, const Config& config) {
-  const double ctas = static_cast<double>(CeilDiv(p.n, config.tile_n) *
-                                          CeilDiv(p.m, config.tile_m) * config.split_k);
-  const double waves = static_cast<double>(CeilDiv(static_cast<int64_t>(ctas), device.num_sms));
-  return waves * config.tile_n * config.tile_m / config.split_k;
+int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// Predicted time of `config` in microseconds: start + waves * (steps * step + tile), where a step
+// is one block of 64 codes of K in every CTA of a wave. Stream-K shares the tiles out evenly, and
+// pays for the sums it cuts. The costs lie beside each line of configs.inc, with where they were
+// measured; the twin of these terms is in benchmarks/fit_costs.py.
+double PredictedUs(const Problem& p, const Device& device, const Config& config) {
+  const int64_t tiles = RoundUp(CeilDiv(p.n, config.tile_n), config.cluster_n) *
+                        RoundUp(CeilDiv(p.m, config.tile_m), config.cluster_m);
+  const int64_t steps = CeilDiv(BlocksK(p.k), config.split_k);
+  const int64_t sms = device.num_sms > 0 ? device.num_sms : 1;
+  constexpr int64_t kMinStreamKSteps = 8;  // CUTLASS cuts nothing shorter
+  if (config.scheduler == Scheduler::kStreamK && tiles % sms != 0 && steps > kMinStreamKSteps) {
+    const double share = static_cast<double>(tiles) / static_cast<double>(sms);
+    return config.start_us + share * static_cast<double>(steps) * config.step_ns * 1e-3 +
+           (share + 1) * config.tile_us;
+  }
+  const double waves = static_cast<double>(CeilDiv(tiles * config.split_k, sms));
+  return config.start_us +
+         waves * (static_cast<double>(steps) * config.step_ns * 1e-3 + config.tile_us);
 }
 
 }  // namespace
@@ -18,7 +32,7 @@ double Cost(const Problem& p, const Device& device, const Config& config) {
 Status Select(const Problem& problem, const Device& device, int64_t workspace_limit_bytes,
               const Config** config) {
   const Config* best = nullptr;
-  double best_cost = std::numeric_limits<double>::infinity();
+  double best_us = std::numeric_limits<double>::infinity();
   std::string refusals;
   for (int i = 0; i < NumConfigs(); ++i) {
     const Config& candidate = ConfigAt(i);
@@ -26,12 +40,13 @@ Status Select(const Problem& problem, const Device& device, int64_t workspace_li
       refusals += "\n  " + s.message();
       continue;
     }
-    const int64_t workspace = WorkspaceBytes(problem, device, candidate);
-    if (workspace_limit_bytes >= 0 && workspace > workspace_limit_bytes) continue;
-    const double cost = Cost(problem, device, candidate);
-    if (cost < best_cost) {
+    if (workspace_limit_bytes >= 0 &&
+        WorkspaceBytes(problem, device, candidate) > workspace_limit_bytes)
+      continue;
+    const double us = PredictedUs(problem, device, candidate);
+    if (us < best_us) {
       best = &candidate;
-      best_cost = cost;
+      best_us = us;
     }
   }
   if (best == nullptr) return Status::Unsupported("no kernel serves this problem:" + refusals);

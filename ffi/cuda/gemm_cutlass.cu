@@ -17,7 +17,7 @@ struct Instance {
 constexpr Instance kInstances[] = {
 #define W4A16_DECODE(...)
 #define W4A16_WGMMA(...)
-#define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER)                                   \
+#define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, ...)                              \
   {"cutlass_" #N "x" #M "_c" #CN "x" #CM "_" #SCHEDULE "_" #SCHEDULER,                     \
    LaunchCutlass<W4A16_F16, N, M, CN, CM, Schedule::k##SCHEDULE, Scheduler::k##SCHEDULER>, \
    LaunchCutlass<W4A16_BF16, N, M, CN, CM, Schedule::k##SCHEDULE, Scheduler::k##SCHEDULER>},

@@ -507,7 +507,7 @@ template <typename T>
 WgmmaKernel FindWgmma(const Config& config, bool has_zeros) {
 #define W4A16_DECODE(...)
 #define W4A16_CUTLASS(...)
-#define W4A16_WGMMA(N, M, STAGES, SPLIT)                                                       \
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                                  \
   if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                   \
       config.split_k == SPLIT) {                                                               \
     using Plain = WgmmaShape<false, N, M, STAGES, SPLIT>;                                      \
