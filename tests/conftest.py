@@ -4,6 +4,9 @@ import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
+# Python processes that tests start import the installed package, not the folder they are started in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 import jax
 import pytest
 
