@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/decode.h"
+
 namespace w4a16 {
 namespace {
 
@@ -47,6 +49,12 @@ Status Refuse(const Config& config, const std::string& why) {
   return Status::Unsupported(std::string(config.name) + ": " + why);
 }
 
+// What a CTA may use of an SM's shared memory, by compute capability.
+int SharedMemoryPerCta(int cc) {
+  const int kib = cc == 80 || cc == 87 ? 163 : cc >= 90 && cc < 120 ? 227 : 99;
+  return kib * 1024;
+}
+
 }  // namespace
 
 const char* FamilyName(Family family) {
@@ -81,6 +89,10 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   if (config.family == Family::kDecode) {
     if (config.split_k > 1 && cc < 90)
       return Refuse(config, "split-K is a cluster, which needs compute capability 9.0 or later");
+    const int needed = SharedMemoryOfDecode(p, config).total_bytes, most = SharedMemoryPerCta(cc);
+    if (needed > most)
+      return Refuse(config, "needs " + std::to_string(needed) + " bytes of shared memory of " +
+                                std::to_string(most));
     return {};
   }
   if (cc != 90) return Refuse(config, "compiled for compute capability 9.0 alone");

@@ -4,27 +4,28 @@
 //
 // computed as out^T = w^T x^T with mma.m16n8k16, the packed weight being operand A as it is stored.
 //
-//             tokens                          K (blocks of 64)
+//             tokens                    K (units of StageBlocks blocks of 64)
 //            +-------+              +----+----+----+----+----+----+----+----+
 //   tile_n   |       |     tile_n   | w0 | w1 | w2 | w3 | w0 | w1 | w2 | w3 |   a CTA's share of K
 //   (N)      |  CTA  |  =  (N)      |    |    |    |    |    |    |    |    |   (1 / split_k of it)
 //            +-------+              +----+----+----+----+----+----+----+----+
 //             tile_m                   |
 //                                      v  one stage of warp w0's private ring of kStages
-//   weights tile_n/16 x 512 B (lane l's 16 bytes of each block) | x rows x 128 B, 16-byte chunk c
-//   of row r at c ^ (r % 8) | scales, zeros: tile_n x 2 B each, one row per group in the block
+//   weights: per block of K, tile_n/16 x 512 B (lane l reads 16 bytes of each) | x: rows of a unit,
+//   16-byte chunk c of row r at c ^ (r % 8) | scales, then zeros: kParts rows of tile_n
 //
-// Each warp owns a ring and every blocks_k-th block of its CTA's share; no CTA barrier in the loop.
-// Accumulators are float32: a block's (or, where a group ends inside it, half block's) products
-// first, then partial * scale is added to the total. With `affine` codes (dequant.cuh) A holds
-// (code + offset) / step, and sum(x) of the same block comes from one more mma whose A is 1 / step
-// throughout:    sum x (code - zero) / step  =  sum(x a) - (zero + offset) * sum(x / step).
+// Each warp owns a ring and every warps-th unit of its CTA's share; no CTA barrier in the loop. A
+// unit has kParts equal parts, each within one group. A part's products accumulate in float32 from
+// zero, then partial * scale is added to the total. With affine codes (dequant.cuh) A holds
+// (code + offset) / step, and sum(x) of the part comes from one more mma whose A is 1 / step
+// throughout:    sum x (code - zero) / step  =  sum(x a) - (zero + offset) * sum(x / step);
+// the totals are multiplied by step at the end.
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit
-// the grid, shared memory as in decode.h (RunDecode); sm_80, and sm_90 for split_k > 1
-// (CanImplement). Rows of x, scales and out may be unaligned: x_aligned and n_aligned choose slower
-// copies.
+// the grid, shared memory as in decode.h (RunDecode); sm_80, sm_90 for split_k > 1, enough shared
+// memory (CanImplement). Rows of x, scales and out may be unaligned: x_aligned and n_aligned choose
+// slower copies.
 //
 // Synchronisation invariants
 //  1. A lane reads a stage only after its own cp.async.wait_group for that stage and then a
@@ -35,7 +36,7 @@
 //  5. No CTA stores to another's shared memory before the first cluster barrier: all have started.
 //  6. Received sums are read only after the second cluster barrier, and nothing touches another
 //     CTA's shared memory after it: a CTA may then exit.
-// All sums run in a fixed order: blocks within a warp, warps within a CTA, CTAs within a cluster.
+// All sums run in a fixed order: units within a warp, warps within a CTA, CTAs within a cluster.
 #pragma once
 
 #include "convert.cuh"
@@ -78,9 +79,9 @@ class StageLoader {
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < kRowBlocks; ++r) {
-        if (r < row_blocks_ && (b == 0 || k0 + b * kBlockK < p_.k))
-          CopyAsync(stage + (b * kRowBlocks + r) * kBlockBytes + 16 * lane_,
-                    weights + r * kBlockBytes, policy_);
+        CopyAsync(stage + (b * kRowBlocks + r) * kBlockBytes + 16 * lane_,
+                  weights + r * kBlockBytes, r < row_blocks_ && (b == 0 || k0 + b * kBlockK < p_.k),
+                  policy_);
       }
       weights += static_cast<int64_t>(p_.blocks_n) * kBlockBytes;
     }
@@ -118,8 +119,8 @@ class StageLoader {
 #pragma unroll
     for (int first = 0; first < kTileM; first += 32 / kChunks) {
       const int row = first + lane_ / kChunks;
-      if (row < rows_)
-        CopyAsyncOrZero(dst + XOffset(row, chunk), x + static_cast<int64_t>(first) * p_.k, valid);
+      CopyAsyncShared(dst + XOffset(row, chunk), x + static_cast<int64_t>(first) * p_.k,
+                      row < rows_, valid);
     }
   }
 
@@ -150,8 +151,8 @@ class StageLoader {
     for (int i = 0; i < kScaleRows * kChunks; i += 32) {
       const int idx = i + lane_;
       const int row = idx / kChunks, n = idx % kChunks * 8;
-      if (idx < kScaleRows * kChunks && n0_ + n < p_.n)
-        CopyAsync(dst + 16 * idx, ScaleSource(row, k0) + n);
+      CopyAsync(dst + 16 * idx, ScaleSource(row, k0) + n,
+                idx < kScaleRows * kChunks && n0_ + n < p_.n);
     }
   }
 
@@ -180,8 +181,9 @@ __host__ __device__ constexpr bool UsesAffineCodes(int tile_m, bool zeros) {
 template <typename T, int kTileN, int kTileM, bool kZeros, int kParts>
 __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
                                               const uint32_t (&x_address)[kTileM / 8],
-                                              const bool (&x_exists)[kTileM / 8], uint32_t zeros,
-                                              int lane, float (&acc)[kTileN / 16][kTileM / 8][4]) {
+                                              const bool (&x_exists)[kTileM / 8],
+                                              uint32_t zero_chunk, int lane,
+                                              float (&acc)[kTileN / 16][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kBlocks = StageBlocks(kTileM);
@@ -194,7 +196,8 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
       uint32_t v[4];
-      LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (i % 2 * 64)) + i / 2 * 128 : zeros, v);
+      LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (i % 2 * 64)) + i / 2 * 128 : zero_chunk,
+                  v);
       x[j][2 * i][0] = v[0], x[j][2 * i][1] = v[1];
       x[j][2 * i + 1][0] = v[2], x[j][2 * i + 1][1] = v[3];
     }
@@ -202,7 +205,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
 
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
-  constexpr int kRows = kTileM <= 16 ? 2 : 1;
+  constexpr int kRows = kTileM == 8 || (kTileM == 16 && kParts < 4) ? 2 : 1;
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
   float sum[kParts][kTokenBlocks][4] = {};
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
@@ -315,7 +318,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   char* const partials = shared + ReceivedBytes(kTileN, kTileM, 1 << log2_split);
   char* const ring = partials + warp * p.warp_bytes;
   const uint32_t ring_address = SharedAddress(ring);
-  const uint32_t zeros = ring_address + kStages * p.stage_bytes;
+  const uint32_t zero_chunk = ring_address + kStages * p.stage_bytes;
 
   const StageLoader<T, kTileN, kTileM, kZeros, kParts> loader(p, n0, m0, lane);
 #pragma unroll 1
@@ -347,13 +350,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int unit = first; unit < end; unit += num_warps) {
     CopyAsyncWait<kStages - 1>();
     __syncwarp();  // invariant 1
-    MultiplyStage<T, kTileN, kTileM, kZeros, kParts>(stage, p.x_rows, x_address, x_exists, zeros,
-                                                     lane, acc);
+    MultiplyStage<T, kTileN, kTileM, kZeros, kParts>(stage, p.x_rows, x_address, x_exists,
+                                                     zero_chunk, lane, acc);
     __syncwarp();  // invariants 2 and 3
     const int next = unit + kStages * num_warps;
     if (next < end) loader.Load(stage, next);
     CopyAsyncCommit();
-    stage = stage + p.stage_bytes == zeros ? ring_address : stage + p.stage_bytes;
+    stage = stage + p.stage_bytes == zero_chunk ? ring_address : stage + p.stage_bytes;
   }
 
   constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);

@@ -19,22 +19,34 @@ __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   return policy;
 }
 
-// Asynchronous copies of 16 bytes, global -> shared: past L1, but for CopyAsyncOrZero.
-__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+// Asynchronous copies of 16 bytes, global -> shared, made only if `wanted`: predicated, because the
+// compiler would make each a branch of its own.
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}" ::"r"(dst),
+      "l"(src), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
-__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
-               "l"(policy)
-               : "memory");
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted,
+                                          uint64_t policy) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n\t}" ::"r"(dst),
+      "l"(src), "r"(static_cast<int>(wanted)), "l"(policy)
+      : "memory");
 }
 
-// Writes zeros, and reads nothing, unless `valid`.
-__device__ __forceinline__ void CopyAsyncOrZero(uint32_t dst, const void* src, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
-               "r"(valid ? 16 : 0)
-               : "memory");
+// Through L1, where other CTAs of the SM may find the data again. Writes zeros, and reads nothing,
+// unless `exists`.
+__device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src, bool wanted,
+                                                bool exists) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
+      "@p cp.async.ca.shared.global [%0], [%1], 16, %3;\n\t}" ::"r"(dst),
+      "l"(src), "r"(static_cast<int>(wanted)), "r"(exists ? 16 : 0)
+      : "memory");
 }
 
 __device__ __forceinline__ void CopyAsyncCommit() {

@@ -1,6 +1,6 @@
 // w[K, N] -> packed words, scales, zeros, by the rule of quantize.h.
 //
-// QuantizeKernel: a CTA owns kRows rows of K and 128 columns, held in registers between the two
+// QuantizeKernel: a CTA owns kRows rows of K and 64 columns, held in registers between the two
 // looks at them (thread: 8 neighbouring columns, 8 neighbouring rows, which lie in one group):
 //
 //   registers -> min, max per thread -> shared -> scale, zero per (group, column) -> shared
@@ -18,7 +18,7 @@
 namespace w4a16 {
 namespace {
 
-constexpr int kColumns = 128;                 // of a CTA of QuantizeKernel
+constexpr int kColumns = 64;                  // of a CTA of QuantizeKernel
 constexpr int kColumnThreads = kColumns / 8;  // side by side
 constexpr int kRowsPerThread = 8;
 constexpr int kCodeStride = kColumns + 32;  // bytes; spreads the rows of PackColumns over the banks
@@ -90,32 +90,33 @@ __device__ __forceinline__ ScaleAndZero ScaleOf(const Range& range, bool symmetr
   return {stored, symmetric ? kSymmetricZero : ZeroPoint(range.lo, stored)};
 }
 
-// Codes of 4 neighbouring columns, a byte each.
+// CodeOf for 4 neighbouring columns, a byte each, in fewer instructions where it applies.
 template <typename S>
 class Encoder {
  public:
   __device__ __forceinline__ explicit Encoder(const ScaleAndZero* columns) {
-    // The short way needs that neither the inverse nor a residual leaves float's normal range, that
-    // the stored scale is within a 128th of the exact one (it is normal in its own type), and a
-    // scale of few bits. A NaN fails the comparisons.
-    fast_ = sizeof(S) == 2;
+    // Neither the inverse nor a residual may leave float's normal range, the stored scale must be
+    // within a 128th of the exact one (normal in its own type) and have few bits. A NaN fails the
+    // comparisons.
+    applies_ = sizeof(S) == 2;
     bias_ = 0u - 0x40404040u;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       scale_[c] = columns[c].scale;
-      inverse_[c] = 1.0f / columns[c].scale;
+      inverse_[c] = __fdividef(1.0f, columns[c].scale);
       bias_ += static_cast<uint32_t>(columns[c].zero) << (8 * c);
-      fast_ &= columns[c].scale >= 0x1p-14f && columns[c].scale <= 0x1p60f;
+      applies_ &= columns[c].scale >= 0x1p-14f && columns[c].scale <= 0x1p60f;
     }
   }
 
-  __device__ __forceinline__ bool fast() const { return fast_; }
+  __device__ __forceinline__ bool applies() const { return applies_; }
 
-  // w / scale, correctly rounded: one correction by the residual, which fma leaves exact. Adding
+  // w / scale, correctly rounded: the estimate is off by a few units in the last place, and one
+  // correction by the residual, which fma leaves exact, suffices for a scale of 11 bits. Adding
   // 1.5 * 2^23 + 64 then rounds it to an integer, half to even, whose low byte is 64 + rint(w /
   // scale). With the zero points that makes 0 .. 16, since |w| is at most 7.5 scales, or the range
   // 15 scales; 16 becomes 15.
-  __device__ __forceinline__ uint32_t Fast(const float (&w)[4]) const {
+  __device__ __forceinline__ uint32_t Codes(const float (&w)[4]) const {
     uint32_t bits[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -130,16 +131,10 @@ class Encoder {
     return codes - ((codes >> 4) & 0x01010101);
   }
 
-  __device__ __forceinline__ uint32_t Slow(const float (&w)[4], const ScaleAndZero* columns) const {
-    uint32_t codes = 0;
-    for (int c = 0; c < 4; ++c) codes |= CodeOf(w[c], columns[c].scale, columns[c].zero) << (8 * c);
-    return codes;
-  }
-
  private:
   float scale_[4], inverse_[4];
   uint32_t bias_;
-  bool fast_;
+  bool applies_;
 };
 
 template <typename W, typename S>
@@ -179,10 +174,15 @@ __global__ void __launch_bounds__(kScaleThreads)
   if (zeros != nullptr) zeros[at] = FromFloat<S>(result.zero);
 }
 
+// Several CTAs on an SM overlap one's loads with another's arithmetic; the weights they hold in
+// registers bound their number.
+constexpr int CtasPerSm(int value_bytes, int rows) {
+  return (value_bytes == 4 ? 4 : 5) * 128 / rows;
+}
 constexpr int ThreadsForRows(int rows) { return rows / kRowsPerThread * kColumnThreads; }
 
 template <typename W, typename S, int kRows, bool kGiven>
-__global__ void __launch_bounds__(ThreadsForRows(kRows), kRows == 128 ? 2 : 1)
+__global__ void __launch_bounds__(ThreadsForRows(kRows), CtasPerSm(sizeof(W), kRows))
     QuantizeKernel(const W* __restrict__ w, int k, int n, int group_size, int blocks_n, int ctas_n,
                    uint4* __restrict__ qweight, S* scales, S* zeros) {
   constexpr int kThreads = kRows / kRowsPerThread * kColumnThreads;
@@ -252,14 +252,26 @@ __global__ void __launch_bounds__(ThreadsForRows(kRows), kRows == 128 ? 2 : 1)
     // Padding gets code 0.
     const int left = columns - j;
     const uint32_t mask = left >= 4 ? ~0u : left <= 0 ? 0 : (1u << (8 * left)) - 1;
+    if (encoder.applies()) {
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      float quad[4];
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        float quad[4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) quad[c] = ToFloat(values[i].v[j + c]);
-      const uint32_t codes = encoder.fast() ? encoder.Fast(quad) : encoder.Slow(quad, scale);
-      *reinterpret_cast<uint32_t*>(&shared.codes[row + i][column + j]) =
-          k0 + row + i < k ? codes & mask : 0;
+        for (int c = 0; c < 4; ++c) quad[c] = ToFloat(values[i].v[j + c]);
+        const uint32_t codes = encoder.Codes(quad);
+        *reinterpret_cast<uint32_t*>(&shared.codes[row + i][column + j]) =
+            k0 + row + i < k ? codes & mask : 0;
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < 4 * kRowsPerThread; ++i) {
+        const int r = row + i / 4, c = column + j + i % 4;
+        int code = 0;
+        if (k0 + r < k && n0 + c < n)
+          code = CodeOf(ToFloat(w[static_cast<int64_t>(k0 + r) * n + n0 + c]),
+                        table[row / 32][c].scale, table[row / 32][c].zero);
+        shared.codes[r][c] = static_cast<uint8_t>(code);
+      }
     }
   }
   __syncthreads();
