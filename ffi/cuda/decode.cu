@@ -21,7 +21,8 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
     return Status::Unsupported(std::string(config.name) + ": the product needs " +
                                std::to_string(ctas) + " CTAs, more than a grid holds");
   const int group_size = static_cast<int>(p.group_size < p.k ? p.group_size : INT_MAX);
-  // For 0 <= k < 2^31: shift = ceil(log2(group_size)) makes the rounded-up reciprocal exact.
+  // For 0 <= k < 2^31 (of a column of one group, any size beyond K serves): shift =
+  // ceil(log2(group_size)) makes the rounded-up reciprocal exact.
   int shift = 0;
   while (shift < 31 && (1u << shift) < static_cast<unsigned>(group_size)) ++shift;
   const DecodeParams params = {
@@ -38,8 +39,6 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
       .blocks_k = static_cast<int>(BlocksK(p.k)),
       .tiles_m = static_cast<int>(tiles_m),
       .log2_split_k = std::countr_zero(static_cast<unsigned>(config.split_k)),
-      .group_size = group_size,
-      .num_groups = static_cast<int>(NumGroups(p)),
       .group_multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + group_size - 1) /
                                                 static_cast<uint64_t>(group_size)),
       .group_shift = shift - 1,

@@ -17,9 +17,6 @@ struct DecodeParams {
   int blocks_n, blocks_k;
   int tiles_m;
   int log2_split_k;
-  // Groups (in a column of one group, group_size is beyond K):
-  int group_size;
-  int num_groups;
   uint32_t group_multiplier;  // k / group_size == (k * group_multiplier) >> (32 + group_shift)
   int group_shift;
   // Shared memory:
@@ -61,6 +58,7 @@ struct DecodeSharedMemory {
 };
 
 inline constexpr int kZeroBytes = 16;  // stand for the tokens that do not exist
+
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
   return split_k == 1 ? 0 : 4 * tile_n * tile_m;
 }
