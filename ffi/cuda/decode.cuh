@@ -67,7 +67,8 @@ class StageLoader {
         rows_(min(p.x_rows, p.m - m0)),
         row_blocks_(p.blocks_n - n0 / kBlockN),
         policy_(EvictFirstPolicy()),
-        weights_(reinterpret_cast<const char*>(p.qweight) + n0 / kBlockN * kBlockBytes + 16 * lane),
+        weights_(reinterpret_cast<const char*>(p.qweight) +
+                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * lane),
         x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0) * p.k) {}
 
   // Starts the copies, as one group.
