@@ -2,12 +2,13 @@
 
     python -m benchmarks.fit_costs [--sweep results/h200_sweep.json] [--write]
 
-A configuration's time is modelled as start + waves * (steps * step + tile); heuristics.cc has the terms. Each
-configuration is fitted alone, by least squares of the relative error with costs of at least 0. Prints how far the
-choice by the fitted costs is from the best of each cell.
+A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc says
+what these are. Each configuration is fitted alone, by least squares of the relative error with costs of at least 0.
+Prints how far the choice by the fitted costs is from the best of each cell.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -29,8 +30,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def terms(config: dict, n: int, k: int, m: int) -> np.ndarray:
-    """What start, step and tile are multiplied by: the twin of Terms in heuristics.cc."""
+POWER = 2  # of best / us, which weighs a measurement
+FILLS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 10, 12)
+
+
+def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
+    """What start, step and tile are multiplied by: the twin of PredictedUs in heuristics.cc."""
     tiles_n = ceil_div(ceil_div(n, config["tile_n"]), config["cluster_n"]) * config["cluster_n"]
     tiles_m = ceil_div(ceil_div(m, config["tile_m"]), config["cluster_m"]) * config["cluster_m"]
     tiles = tiles_n * tiles_m
@@ -38,46 +43,66 @@ def terms(config: dict, n: int, k: int, m: int) -> np.ndarray:
     if "StreamK" in config["name"] and tiles % SMS and steps > 8:
         return np.array([1, tiles / SMS * steps, tiles / SMS + 1])
     waves = ceil_div(tiles * config["split_k"], SMS)
-    return np.array([1, waves * steps, waves])
+    return np.array([1, max(waves, fill) * steps, waves])
 
 
-def fit(rows: list[tuple[np.ndarray, float]]) -> np.ndarray:
-    """Costs of at least 0 that minimise the squared relative error."""
-    a = np.array([t / us for t, us in rows])
+def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Costs of at least 0 whose products with the rows of `a` are nearest to 1, and the squared error."""
     best, best_error = np.zeros(3), math.inf
     for used in itertools.chain.from_iterable(itertools.combinations(range(3), r) for r in (1, 2, 3)):
-        part, *_ = np.linalg.lstsq(a[:, used], np.ones(len(rows)), rcond=None)
+        part, *_ = np.linalg.lstsq(weights[:, None] * a[:, used], weights, rcond=None)
         costs = np.zeros(3)
         costs[list(used)] = part
-        error = float(((a @ costs - 1) ** 2).sum())
+        error = float(((weights * (a @ costs - 1)) ** 2).sum())
         if (costs >= 0).all() and error < best_error:
             best, best_error = costs, error
-    return best
+    return best, best_error
 
 
-def choose(costs: dict[str, np.ndarray], configs: dict[str, dict], row: dict) -> str:
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The last four arguments of a line of configs.inc, start and tile in us, step in us too."""
+
+    start: float
+    step: float
+    tile: float
+    fill: float
+
+    def predict(self, config: dict, n: int, k: int, m: int) -> float:
+        """Microseconds."""
+        return float(terms(config, self.fill, n, k, m) @ (self.start, self.step, self.tile))
+
+
+def fit(config: dict, rows: list[tuple[int, int, int, float, float]]) -> Costs:
+    """The costs that fit rows of (n, k, m, us, best us) best; near the best they matter most."""
+    weights = np.array([(best / us) ** POWER for *_, us, best in rows])
+    fits = []
+    for fill in FILLS:
+        a = np.array([terms(config, fill, n, k, m) / us for n, k, m, us, _ in rows])
+        costs, error = fit_linear(a, weights)
+        fits.append((error, Costs(*costs, fill)))
+    return min(fits, key=lambda pair: pair[0])[1]
+
+
+def choose(costs: dict[str, Costs], configs: dict[str, dict], row: dict) -> str:
     """The configuration with the least predicted time among those that were timed."""
-    timed = {**row["us"], **row["slow_us"]}
-    predicted = {
-        name: float(terms(configs[name], row["N"], row["K"], row["M"]) @ costs[name])
-        for name in timed
-        if name in costs
-    }
-    return min(predicted, key=predicted.__getitem__)
+    timed = [name for name in (*row["us"], *row["slow_us"]) if name in costs]
+    return min(timed, key=lambda name: costs[name].predict(configs[name], row["N"], row["K"], row["M"]))
 
 
-def write(costs: dict[str, np.ndarray], configs: dict[str, dict], path: Path = CONFIGS) -> None:
-    """Replaces the last three arguments of each line of configs.inc."""
+def write(costs: dict[str, Costs], configs: dict[str, dict], path: Path = CONFIGS) -> None:
+    """Replaces the last four arguments of each line of configs.inc."""
     names = iter(configs)
 
     def line(match: re.Match) -> str:
         name = next(names)
         if name not in costs:
             return match[0]
-        start, step, tile = costs[name]
-        return f"{match[1]}, {start * 1:.2f}, {step * 1e3:.1f}, {tile:.2f})"
+        c = costs[name]
+        return f"{match[1]}, {c.start:.2f}, {c.step * 1e3:.1f}, {c.tile:.2f}, {c.fill:.1f})"
 
-    pattern = r"^(W4A16_\w+\([^)]*?), [\d.]+, [\d.]+, [\d.]+\)$"
+    number = r"[\d.]+"
+    pattern = rf"^(W4A16_\w+\([^)]*?), {number}, {number}, {number}, {number}\)$"
     path.write_text(re.sub(pattern, line, path.read_text(), flags=re.M))
 
 
@@ -85,29 +110,29 @@ def main(argv: list[str] | None = None) -> int:
     """Fits, prints, and with --write rewrites configs.inc."""
     parser = argparse.ArgumentParser("benchmarks.fit_costs", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--sweep", type=Path, default=store.RESULTS / "h200_sweep.json")
+    parser.add_argument("--dtype", default="float16")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args(argv)
 
     from jax_w4a16 import _w4a16
 
     configs = {config["name"]: config for config in _w4a16.configs()}
-    sweep = json.loads(options.sweep.read_text())["rows"]
+    sweep = [row for row in json.loads(options.sweep.read_text())["rows"] if row["dtype"] == options.dtype]
     costs = {}
     for name, config in configs.items():
         rows = [
-            (terms(config, row["N"], row["K"], row["M"]), row["us"][name])
+            (row["N"], row["K"], row["M"], row["us"][name], row["us"][row["best"]])
             for row in sweep
             if name in row["us"]
         ]
-        if len(rows) < 3:
+        if len(rows) < 4:
             print(f"{name}: {len(rows)} measurements, left as it is")
             continue
-        costs[name] = fit(rows)
-        errors = [abs(float(t @ costs[name]) / us - 1) for t, us in rows]
-        start, step, tile = costs[name]
+        c = costs[name] = fit(config, rows)
+        errors = [abs(c.predict(config, n, k, m) / us - 1) for n, k, m, us, _ in rows]
         print(
-            f"{name:48s} start {start:6.2f} us  step {step * 1e3:7.1f} ns  tile {tile:5.2f} us  "
-            f"error {np.mean(errors):.1%} over {len(rows)}"
+            f"{name:48s} start {c.start:6.2f} us  step {c.step * 1e3:6.1f} ns  tile {c.tile:5.2f} us  "
+            f"fill {c.fill:4.1f}  error {np.mean(errors):5.1%} over {len(rows)}"
         )
     losses: dict[int, list[float]] = {}
     for row in sweep:

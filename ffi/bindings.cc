@@ -48,7 +48,8 @@ nb::dict BuildInfo() {
   info["ffi_minor"] = XLA_FFI_API_MINOR;
   info["cuda"] = w4a16_has_cuda() != 0;
   const nb::str architectures(w4a16_cuda_architectures());
-  info["cuda_architectures"] = nb::len(architectures) ? architectures.attr("split")(",") : nb::list();
+  info["cuda_architectures"] =
+      nb::len(architectures) ? architectures.attr("split")(",") : nb::list();
   info["cpu_instruction_set"] = w4a16_cpu_instruction_set();
   nb::list configs;
   for (int i = 0; i < w4a16_config_count(); ++i) configs.append(w4a16_config_name(i));

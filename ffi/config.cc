@@ -9,25 +9,26 @@ namespace w4a16 {
 namespace {
 
 constexpr Config kConfigs[] = {
-#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT)                     \
+#define W4A16_COSTS(START, STEP, TILE, FILL) \
+  .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, .fill = FILL##f
+#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT, ...)                \
   {.name = "decode_" #N "x" #M "_w" #WARPS "_s" #STAGES "_k" #SPLIT, \
    .family = Family::kDecode,                                        \
    .tile_n = N,                                                      \
    .tile_m = M,                                                      \
    .warps = WARPS,                                                   \
    .stages = STAGES,                                                 \
-   .split_k = SPLIT},
-#define W4A16_WGMMA(N, M, STAGES, SPLIT, START, STEP, TILE) \
-  {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT,     \
-   .family = Family::kWgmma,                                \
-   .tile_n = N,                                             \
-   .tile_m = M,                                             \
-   .stages = STAGES,                                        \
-   .split_k = SPLIT,                                        \
-   .start_us = START##f,                                    \
-   .step_ns = STEP##f,                                      \
-   .tile_us = TILE##f},
-#define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, START, STEP, TILE)    \
+   .split_k = SPLIT,                                                 \
+   W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)           \
+  {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kWgmma,                            \
+   .tile_n = N,                                         \
+   .tile_m = M,                                         \
+   .stages = STAGES,                                    \
+   .split_k = SPLIT,                                    \
+   W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, ...)                  \
   {.name = "cutlass_" #N "x" #M "_c" #CN "x" #CM "_" #SCHEDULE "_" #SCHEDULER, \
    .family = Family::kCutlass,                                                 \
    .tile_n = N,                                                                \
@@ -36,10 +37,9 @@ constexpr Config kConfigs[] = {
    .cluster_m = CM,                                                            \
    .schedule = Schedule::k##SCHEDULE,                                          \
    .scheduler = Scheduler::k##SCHEDULER,                                       \
-   .start_us = START##f,                                                       \
-   .step_ns = STEP##f,                                                         \
-   .tile_us = TILE##f},
+   W4A16_COSTS(__VA_ARGS__)},
 #include "configs.inc"
+#undef W4A16_COSTS
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
 #undef W4A16_CUTLASS
@@ -101,6 +101,7 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   if (p.k % 8 != 0) return Refuse(config, "K is not a multiple of 8");
   if (p.m == 0 || p.n == 0 || p.k == 0) return Refuse(config, "M, N or K is 0");
   if (config.family == Family::kCutlass) {
+    if (p.k < kBlockK) return Refuse(config, "K is less than 64");
     if (p.has_zeros) return Refuse(config, "zero points are not compiled into the CUTLASS kernels");
     if (p.out_dtype != p.x_dtype) return Refuse(config, "float32 output is not compiled in");
     if (p.group_size < p.k && p.group_size % kBlockK != 0)

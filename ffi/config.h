@@ -36,7 +36,7 @@ struct Config {
   int cluster_m = 1;
   Schedule schedule = Schedule::kNone;
   Scheduler scheduler = Scheduler::kDataParallel;
-  float start_us = 0, step_ns = 0, tile_us = 0;  // what heuristics.cc predicts its time from
+  float start_us = 0, step_ns = 0, tile_us = 0, fill = 1;  // measured: heuristics.cc
 };
 
 // All compiled configurations, in the order of configs.inc.

@@ -431,7 +431,7 @@ DecodeKernelPointer KernelForParts(int parts) {
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT)                                             \
+#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT, ...)                                        \
   static_assert(WARPS * 32 <= kMaxThreads && SPLIT * 4 <= N && (WARPS & (WARPS - 1)) == 0 && \
                 (SPLIT & (SPLIT - 1)) == 0);                                                 \
   if (c.tile_n == N && c.tile_m == M && c.stages == STAGES)                                  \

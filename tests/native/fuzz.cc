@@ -52,7 +52,7 @@ class Guarded {
     if (init == nullptr) std::memset(image_.data() + kRedZone, 0xff, size);
 #ifdef W4A16_WITH_CUDA
     if (cuda_) {
-      CheckCuda(cudaMalloc(&device_, image_.size()));
+      CheckCuda(cudaMalloc(reinterpret_cast<void**>(&device_), image_.size()));
       CheckCuda(cudaMemcpy(device_, image_.data(), image_.size(), cudaMemcpyHostToDevice));
     }
 #endif
