@@ -121,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     costs = {}
     for name, config in configs.items():
         rows = [
-            (row["N"], row["K"], row["M"], row["us"][name], row["us"][row["best"]])
+            (row["N"], row["K"], row["M"], us, row["us"][row["best"]])
             for row in sweep
-            if name in row["us"]
+            if (us := row["us"].get(name) or row["slow_us"].get(name))
         ]
         if len(rows) < 4:
             print(f"{name}: {len(rows)} measurements, left as it is")

@@ -2,7 +2,7 @@
 
 one-hot  x = rows of the identity gives exactly the weight in the result's type
 grid     small integers times powers of two: every sum is exact, in any order
-dense    normal numbers, against float64: at most twice as wrong as a weight rounded to x's type
+dense    normal numbers, against float64: at most twice as wrong as a weight dequantised in x's type
 pack, dequantize, quantize    bit for bit
 """
 
@@ -154,6 +154,12 @@ class _Weight:
         zero = dtype(8) if self.zeros is None else rows(self.zeros)
         return (self.codes.astype(dtype) - zero) * rows(self.scales)
 
+    def dense_in_type(self, case: Case) -> np.ndarray:
+        """The same with each operation rounded to the case's type, as float64."""
+        rows = lambda a: np.repeat(a, case.group, axis=0)[: case.k]
+        distance = self.codes - (8 if self.zeros is None else rows(self.zeros))
+        return _round(_round(distance, case.dtype) * rows(self.scales), case.dtype)
+
 
 def _round(a: np.ndarray, dtype: str) -> np.ndarray:
     return a.astype(jnp.dtype(dtype)).astype(np.float64)
@@ -256,9 +262,9 @@ def _dense_expected(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     w = ALPHA * weight.dense(case)
     x = _round(case.rng("x").standard_normal((case.m, case.k)), case.dtype)
     want = x @ w if weight.bias is None else x @ w + weight.bias
-    # What rounding the weight costs: as it happens, or, where few terms are lucky, as is to be expected.
+    # What a weight in x's type costs: as it happens, or, where few terms are lucky, as is to be expected.
     half_ulp = lambda dtype: float(jnp.finfo(dtype).eps) / 2
-    happens = np.abs(x @ (_round(w, case.dtype) - w))
+    happens = np.abs(x @ (ALPHA * weight.dense_in_type(case) - w))
     expected = half_ulp(case.dtype) * np.sqrt(x**2 @ w**2)
     allowed = 2 * np.maximum(happens, expected) + 2.0**-22 * (np.abs(x) @ np.abs(w))
     return x, want, allowed + 1.01 * half_ulp(case.out_dtype) * np.abs(want) + 2.0**-24

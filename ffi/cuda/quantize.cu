@@ -176,8 +176,13 @@ __global__ void __launch_bounds__(kScaleThreads)
 
 // Several CTAs on an SM overlap one's loads with another's arithmetic; the weights they hold in
 // registers bound their number.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kCtasOf16Bits = 4;  // a fifth would spill there
+#else
+constexpr int kCtasOf16Bits = 5;
+#endif
 constexpr int CtasPerSm(int value_bytes, int rows) {
-  return (value_bytes == 4 ? 4 : 5) * 128 / rows;
+  return (value_bytes == 4 ? 4 : kCtasOf16Bits) * 128 / rows;
 }
 constexpr int ThreadsForRows(int rows) { return rows / kRowsPerThread * kColumnThreads; }
 
