@@ -2,6 +2,9 @@
 # Runs the fuzz program under compute-sanitizer on a machine with a GPU, after negative controls that must fail.
 #
 #   sanitize.sh BUILD_FOLDER [CASES_PER_FAMILY]
+#
+# The folder holds w4a16 and tests/native/{fuzz,sanitizer_control}, built with -DW4A16_TESTS=ON -DW4A16_RACECHECK=ON:
+# racecheck does not see that one lane's arrival on a barrier stands for its warp (S2 in gemm_wgmma.cuh).
 set -uo pipefail
 build=$1
 cases=${2:-40}
