@@ -1,10 +1,10 @@
-"""Fits the costs in ffi/configs.inc to a sweep and writes them there: what ffi/heuristics.cc predicts times from.
+"""Fits the costs in ffi/configs.inc to a sweep, and writes them there for ffi/heuristics.cc.
 
     python -m benchmarks.fit_costs [--sweep results/h200_sweep.json] [--write]
 
-A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc says
-what these are. Each configuration is fitted alone, by least squares of the relative error with costs of at least 0.
-Prints how far the choice by the fitted costs is from the best of each cell.
+A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc
+says what these are. Each configuration is fitted alone, by least squares of the relative error with costs of
+at least 0. Prints how far the choice by the fitted costs is from the best of each cell.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def fit(config: dict, rows: list[tuple[int, int, int, float, float]]) -> Costs:
     for fill in FILLS:
         a = np.array([terms(config, fill, n, k, m) / us for n, k, m, us, _ in rows])
         costs, error = fit_linear(a, weights)
-        fits.append((error, Costs(*costs, fill)))
+        start, step, tile = map(float, costs)
+        fits.append((error, Costs(start, step, tile, fill)))
     return min(fits, key=lambda pair: pair[0])[1]
 
 
@@ -114,9 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args(argv)
 
-    from jax_w4a16 import _w4a16
+    from jax_w4a16._ffi import native
 
-    configs = {config["name"]: config for config in _w4a16.configs()}
+    configs = {config["name"]: config for config in native.configs()}
     sweep = [row for row in json.loads(options.sweep.read_text())["rows"] if row["dtype"] == options.dtype]
     costs = {}
     for name, config in configs.items():

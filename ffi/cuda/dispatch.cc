@@ -14,8 +14,8 @@ Status CurrentDevice(Device* device) {
       {&num_sms, cudaDevAttrMultiProcessorCount},
   };
   for (auto [value, attribute] : wanted) {
-    if (Status s = ToStatus(cudaDeviceGetAttribute(value, attribute, ordinal),
-                            "cudaDeviceGetAttribute");
+    if (Status s =
+            ToStatus(cudaDeviceGetAttribute(value, attribute, ordinal), "cudaDeviceGetAttribute");
         !s.ok())
       return s;
   }

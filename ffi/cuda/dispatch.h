@@ -8,8 +8,8 @@ namespace w4a16 {
 // Compute capability and size of the current device.
 Status CurrentDevice(Device* device);
 
-// `config` nullptr: the one that Select chooses within the given workspace. Problem and operands have
-// been checked.
+// `config` nullptr: the one that Select chooses within the given workspace. Problem and operands
+// have been checked.
 Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaStream_t stream);
 
 }  // namespace w4a16

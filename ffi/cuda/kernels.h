@@ -1,5 +1,6 @@
-// What the CUDA half offers to the rest of the library. Each launcher enqueues on `stream` of the current
-// device and returns; problem and operands have been checked, and CanImplement has accepted the config.
+// What the CUDA half offers to the rest of the library. Each launcher enqueues on `stream` of the
+// current device and returns; problem and operands have been checked, and CanImplement has accepted
+// the config.
 #pragma once
 
 #include <cuda_runtime_api.h>
