@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
+import sys
+from pathlib import Path
 
 import pytest
 
 from jax_w4a16 import _w4a16
+
+sys.path.append(str(Path(__file__).parent.parent))
+from benchmarks import fit_costs
 
 HOPPER = {"compute_capability": 90, "num_sms": 132}
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672), (576, 2112)]
@@ -120,3 +126,21 @@ def test_bad_problem(change, match):
 def test_unknown_config():
     with pytest.raises(ValueError, match="no_such"):
         _w4a16.workspace_bytes("no_such", **problem(1, 64, 64), **HOPPER)
+
+
+def test_the_chooser_and_its_python_twin_agree():
+    number = r"([\d.]+)"
+    pattern = rf"^W4A16_\w+\(.*, {number}, {number}, {number}, {number}\)$"
+    lines = re.findall(pattern, fit_costs.CONFIGS.read_text(), re.M)
+    configs = _w4a16.configs()
+    assert len(lines) == len(configs)
+    costs = [fit_costs.Costs(float(a), float(b) / 1e3, float(c), float(d)) for a, b, c, d in lines]
+    for (n, k), m in itertools.product(SHAPES, (1, 8, 16, 40, 128, 256, 600, 2048, 8192)):
+        args = problem(m, n, k)
+        predicted = {
+            config["name"]: cost.predict(config, n, k, m)
+            for config, cost in zip(configs, costs, strict=True)
+            if _w4a16.can_implement(config["name"], **args, **HOPPER) is None
+        }
+        chosen, _ = _w4a16.select(**args, **HOPPER)
+        assert predicted[chosen] <= min(predicted.values()) * (1 + 1e-5), (n, k, m, chosen)
