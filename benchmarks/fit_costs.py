@@ -54,7 +54,7 @@ def persistent_waves(config: dict, tiles: int) -> float:
     clusters = SMS // config["cluster_n"]
     whole, rest = divmod(tiles // config["cluster_n"], clusters)
     tile_m = config["tile_m"]
-    shifts = 3 if tile_m % 256 == 0 else 2 if tile_m % 128 == 0 else 1
+    shifts = 3 if tile_m == 256 else 1
     return whole + min(
         ceil_div(rest << shift, clusters) * ((tile_m >> shift) + 42) / (tile_m + 42)
         for shift in range(shifts)

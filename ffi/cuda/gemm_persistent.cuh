@@ -6,23 +6,21 @@
 //
 // computed as out^T[N, M] = w^T x^T, accumulated in float32; T rounds to x's type.
 //
-//                kTileM tokens (wgmma's n)     A tile of kTileN rows of weights by kTileM tokens,
-//                or
-//               +-------------------------+    by a half or a quarter of them in the last wave
-//   rows  0..63 |  consumer warpgroup 0   |    (gemm_persistent.h). Each consumer warpgroup owns 64
-//        64..   |  consumer warpgroup 1   |    rows (wgmma's m). Warp w of warpgroup g owns block
-//         ...   |         ...             |    row 4 * g + w of 16 rows; the 16 bytes of lane l in
-//         a
-//               +-------------------------+    packed block are its A fragments of the block's four
-//                                              k16 steps (layout.h).
+//                kTileM tokens (wgmma's n)     A tile: kTileN rows of weights by kTileM tokens,
+//               +-------------------------+    or a half or a quarter of them in the last wave
+//   rows  0..63 |  consumer warpgroup 0   |    (gemm_persistent.h). A consumer warpgroup owns 64
+//        64..   |  consumer warpgroup 1   |    rows (wgmma's m), warp w of warpgroup g block row
+//         ...   |         ...             |    4 * g + w of 16 rows; the 16 bytes of lane l in a
+//               +-------------------------+    packed block are its A fragments of the block's
+//                                              four k16 steps (layout.h).
 //
 //   A further warpgroup gives up its registers; one of its threads, the producer, starts every load
 //   and runs ahead, into the next tile while consumers finish the last one.
 //   A cluster is kCluster CTAs along N of the same tokens: each loads its share of the x tile for
 //   all of them, which spares L2 and power; a large product runs at the power limit.
 //
-//   A stage holds one packed block along K (64 codes) of the tile:
-//     x       kTileM rows x 128 bytes, swizzled       tensor copies, zero-filled
+//   A stage holds one packed block along K (64 codes) of a whole tile, or two of a part:
+//     x       128 bytes a token, swizzled             tensor copies, zero-filled
 //     codes   kTileN / 16 packed blocks of 512 bytes  bulk copy
 //     scales  kTileN values of the block's group      bulk copy
 //     zeros   likewise, if kHasZeros
@@ -109,10 +107,13 @@ struct PersistentShape {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 152;
 
-  static constexpr int kXBytes = kTileM * 128;
-  static constexpr int kCodeBytes = kTileN / kBlockN * kBlockBytes;
-  static constexpr int kRowBytes = kTileN * 2;
-  static constexpr int kStageBytes = kXBytes + kCodeBytes + kRowBytes * (kHasZeros ? 2 : 1);
+  // Blocks of 64 codes to a stage: one of a whole tile, two of a part.
+  static constexpr int kPartBlocks = kMaxTailShift > 0 ? 2 : 1;
+  static constexpr int kXBytes = kTileM * 128;                       // a stage
+  static constexpr int kCodeBytes = kTileN / kBlockN * kBlockBytes;  // one block
+  static constexpr int kRowBytes = kTileN * 2;                       // one block
+  static constexpr int kStageBytes =
+      kXBytes + kPartBlocks * (kCodeBytes + kRowBytes * (kHasZeros ? 2 : 1));
 
   // Staging memory for a whole tile, or for half of it at a time.
   static constexpr int kSharedPerCta = 227 * 1024, kBarrierBytes = 2 * kStages * 8;
@@ -124,9 +125,10 @@ struct PersistentShape {
   static constexpr int kXOffset = 0;
   static constexpr int kStagedOffset = kXOffset + kStages * kXBytes;
   static constexpr int kCodeOffset = kStagedOffset + kWarpgroups * kStagedBytes;
-  static constexpr int kScaleOffset = kCodeOffset + kStages * kCodeBytes;
-  static constexpr int kZeroOffset = kScaleOffset + kStages * kRowBytes;
-  static constexpr int kBarrierOffset = kZeroOffset + (kHasZeros ? kStages * kRowBytes : 0);
+  static constexpr int kScaleOffset = kCodeOffset + kStages * kPartBlocks * kCodeBytes;
+  static constexpr int kZeroOffset = kScaleOffset + kStages * kPartBlocks * kRowBytes;
+  static constexpr int kBarrierOffset =
+      kZeroOffset + (kHasZeros ? kStages * kPartBlocks * kRowBytes : 0);
   static constexpr int kSharedBytes = kBarrierOffset + kBarrierBytes;
   static_assert(kSharedBytes <= kSharedPerCta);
 
@@ -183,26 +185,31 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
     const uint32_t code_bytes =
         min(Shape::kTileN / kBlockN, blocks_n - unit.n0 / kBlockN) * kBlockBytes;
     const uint32_t row_bytes = rows * 2;
-    const uint32_t bytes =
+    const uint32_t block_bytes =
         tokens * 128 + (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
     const char* codes = reinterpret_cast<const char*>(p.qweight) +
                         static_cast<int64_t>(unit.n0 / kBlockN) * kBlockBytes;
     int64_t row = unit.n0;  // of scales and zeros
     int left_in_group = p.blocks_per_group;
+    const int last_in_stage = unit.shift == 0 ? 0 : Shape::kPartBlocks - 1;
     for (int block = 0; block < blocks_k; ++block) {
+      const int inside = block & last_in_stage, place = slot * Shape::kPartBlocks + inside;
       const uint32_t full = Shape::Full(shared, slot);
-      ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-      ptx::MbarrierArriveExpectTx(full, bytes);
+      if (inside == 0) {
+        ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
+        ptx::MbarrierArriveExpectTx(full, min(last_in_stage + 1, blocks_k - block) * block_bytes);
+      }
       if (rows > 0) {
-        ptx::BulkLoad(shared + Shape::kCodeOffset + slot * Shape::kCodeBytes, codes, code_bytes,
+        ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
                       full, kEvictNormal);
-        ptx::BulkLoad(shared + Shape::kScaleOffset + slot * Shape::kRowBytes,
+        ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes,
                       static_cast<const T*>(p.scales) + row, row_bytes, full, kEvictNormal);
         if constexpr (Shape::kHasZeros)
-          ptx::BulkLoad(shared + Shape::kZeroOffset + slot * Shape::kRowBytes,
+          ptx::BulkLoad(shared + Shape::kZeroOffset + place * Shape::kRowBytes,
                         static_cast<const T*>(p.zeros) + row, row_bytes, full, kEvictNormal);
       }
-      const uint32_t x = shared + Shape::kXOffset + slot * Shape::kXBytes + rank * share * 128;
+      const uint32_t x = shared + Shape::kXOffset + slot * Shape::kXBytes +
+                         (inside * Shape::kCluster + rank) * share * 128;
       if constexpr (Shape::kCluster == 1)
         ptx::TensorLoad2d(x, x_map, block * kBlockK, unit.m0, full, kEvictLast);
       else
@@ -213,9 +220,11 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
         left_in_group = p.blocks_per_group;
         row += p.n;
       }
-      if (++slot == Shape::kStages) {
-        slot = 0;
-        parity ^= 1;
+      if (inside == last_in_stage || block + 1 == blocks_k) {
+        if (++slot == Shape::kStages) {
+          slot = 0;
+          parity ^= 1;
+        }
       }
     }
   }
@@ -253,13 +262,15 @@ struct PersistentConsumer {
     return T2(value, value);
   }
 
-  // Waits for the current stage, then a[kBuffer] = T((code - zero) * scale) of its block.
-  template <int kBuffer>
+  __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
+
+  // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
+  template <int kBuffer, int kBlock>
   __device__ inline void Dequantize() {
-    ptx::MbarrierWait(Shape::Full(shared, slot), parity);  // S1
-    const uint4 words = ptx::LoadShared128(codes + slot * Shape::kCodeBytes);
+    const int place = slot * Shape::kPartBlocks + kBlock;
+    const uint4 words = ptx::LoadShared128(codes + place * Shape::kCodeBytes);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    const uint32_t row = scales + slot * Shape::kRowBytes;
+    const uint32_t row = scales + place * Shape::kRowBytes;
     T2 scale[2], zero[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -286,10 +297,13 @@ struct PersistentConsumer {
     if (releases) ptx::MbarrierArriveCluster(empty + 8 * previous);  // S2
   }
 
-  // Starts the wgmmas of the block in a[kBuffer]; while they run, dequantises the next one.
-  template <int kTokens, int kBuffer>
+  // Starts the wgmmas of block kBlock of the current stage, which a[kBuffer] holds; while they run,
+  // dequantises the next block: of the same stage if kStays, else of the next one, if there are
+  // `more`.
+  template <int kTokens, int kBuffer, int kBlock, bool kStays>
   __device__ inline void Step(float (&acc)[kTokens / 2], bool first, bool more) {
-    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + slot * Shape::kXBytes);
+    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + slot * Shape::kXBytes +
+                                                 kBlock * kTokens * 128);
     ptx::WgmmaFence(a[kBuffer]);
 #pragma unroll
     for (int step = 0; step < 4; ++step)
@@ -297,26 +311,33 @@ struct PersistentConsumer {
     ptx::WgmmaCommit();
     ptx::WgmmaWait<1>();  // S3
     ptx::KeepAlive(a[kBuffer ^ 1]);
-    if (!first) Release();
-    previous = slot;
-    if (++slot == Shape::kStages) {
-      slot = 0;
-      parity ^= 1;
+    if (kBlock == 0 && !first) Release();
+    if constexpr (kStays) {
+      Dequantize<kBuffer ^ 1, kBlock + 1>();
+    } else {
+      previous = slot;
+      if (++slot == Shape::kStages) {
+        slot = 0;
+        parity ^= 1;
+      }
+      if (!more) return;
+      Acquire();
+      Dequantize<kBuffer ^ 1, 0>();
     }
-    if (more) Dequantize<kBuffer ^ 1>();
   }
 
   // A unit: `blocks` blocks, of which a[0] holds the first. Leaves that of the next unit in a[0],
   // if there are `more`.
   template <int kTokens>
   __device__ inline void Run(float (&acc)[kTokens / 2], int blocks, bool more) {
+    constexpr bool kPairs = kTokens < Shape::kTileM && Shape::kPartBlocks == 2;
     ptx::Undefined(acc);
     int i = 0;
     for (; i + 2 <= blocks; i += 2) {
-      Step<kTokens, 0>(acc, i == 0, true);
-      Step<kTokens, 1>(acc, false, i + 2 < blocks || more);
+      Step<kTokens, 0, 0, kPairs>(acc, i == 0, true);
+      Step<kTokens, 1, kPairs, false>(acc, false, i + 2 < blocks || more);
     }
-    if (i < blocks) Step<kTokens, 0>(acc, i == 0, more);
+    if (i < blocks) Step<kTokens, 0, 0, false>(acc, i == 0, more);
     ptx::WgmmaWait<0>();
     ptx::KeepAlive(a[0]);
     ptx::KeepAlive(a[1]);
@@ -430,7 +451,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         .releases = lane < Shape::kCluster,
     };
     const int blocks = static_cast<int>(CeilDiv(p.k, kBlockK));
-    consumer.template Dequantize<0>();
+    consumer.Acquire();
+    consumer.template Dequantize<0, 0>();
     int index = first;
     const auto run = [&]<int kTokens>(int end) {
       for (; index < end; index += stride) {

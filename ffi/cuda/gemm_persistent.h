@@ -24,8 +24,8 @@ struct PersistentSchedule {
 // step of 64 codes took 108 ns and 2.57 ns a token).
 inline constexpr double kTokensOfDequantizing = 42;
 
-// Parts have at least 64 tokens.
-constexpr int MaxTailShift(int tile_m) { return tile_m % 256 == 0 ? 2 : tile_m % 128 == 0 ? 1 : 0; }
+// Only the largest tiles are cut: a half or a quarter of them.
+constexpr int MaxTailShift(int tile_m) { return tile_m == 256 ? 2 : 0; }
 
 inline PersistentSchedule SchedulePersistent(const Problem& p, const Config& config, int num_sms) {
   const int64_t units =
