@@ -30,6 +30,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       return s;
   }
 
+  const int64_t tiles_m = CeilDiv(p.m, config.tile_m);
+  const int64_t units_n = CeilDiv(CeilDiv(p.n, config.tile_n), cluster);
   const bool one_group = NumGroups(p) == 1;
   const PersistentParams params = {
       .qweight = o.qweight,
@@ -41,8 +43,9 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
       .blocks_per_group = one_group ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
-      .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
-      .units_n = static_cast<int>(CeilDiv(CeilDiv(p.n, config.tile_n), cluster)),
+      .per_panel = Divisor(static_cast<uint32_t>(kPanelM * units_n)),
+      .last_width = Divisor(static_cast<uint32_t>(std::max(tiles_m % kPanelM, int64_t{1}))),
+      .full_panels = static_cast<int>(tiles_m / kPanelM),
       .whole_units = static_cast<int>(schedule.whole_units),
       .units = static_cast<int>(schedule.units),
       .tail_shift = schedule.tail_shift,

@@ -64,6 +64,25 @@
 
 namespace w4a16 {
 
+// Division of 0 <= a < 2^31 by a fixed 1 <= d < 2^31 as a multiplication.
+struct Divisor {
+  uint32_t d, multiplier, shift;
+
+  explicit Divisor(uint32_t divisor) : d(divisor), multiplier(0), shift(0) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    if (d > 1) multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + d - 1) / d);
+  }
+#if defined(__CUDACC__)
+  __device__ uint32_t Quotient(uint32_t a) const {
+    return d == 1 ? a : __umulhi(a, multiplier) >> (shift - 1);
+  }
+#endif
+};
+
+// Units are walked in panels of kPanelM token tiles, so that those in flight share both operands in
+// L2.
+inline constexpr int kPanelM = 8;
+
 struct PersistentParams {
   const uint32_t* qweight;
   const void* scales;
@@ -72,7 +91,8 @@ struct PersistentParams {
   void* out;
   int m, n, k;
   int blocks_per_group;
-  int tiles_m, units_n;                // units_n: clusters along N
+  Divisor per_panel, last_width;  // units in a full panel; token tiles in the last panel
+  int full_panels;
   int whole_units, units, tail_shift;  // gemm_persistent.h
   float alpha;
   bool out_is_f32;
@@ -147,22 +167,21 @@ struct Unit {
   int n0, m0, shift;
 };
 
-// Units are walked in panels of kPanelM token tiles, so that those in flight share both operands in
-// L2.
 template <typename Shape>
 __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
-  Unit unit = {.shift = index < p.whole_units ? 0 : p.tail_shift};
-  const int parts = index < p.whole_units ? 0 : index - p.whole_units;
-  const uint32_t tile = unit.shift == 0 ? index : p.whole_units + (parts >> unit.shift);
-  const int part = parts & ((1 << unit.shift) - 1);
-  constexpr uint32_t kPanelM = 8;
-  const uint32_t per_panel = kPanelM * p.units_n;  // N < 2^30: below 2^28
-  const uint32_t panel = tile / per_panel, inside = tile % per_panel;
-  const uint32_t width = min(kPanelM, p.tiles_m - panel * kPanelM);
-  unit.m0 = static_cast<int>(panel * kPanelM + inside % width) * Shape::kTileM +
-            (unit.shift == 0 ? 0 : part * (Shape::kTileM >> unit.shift));
-  unit.n0 = static_cast<int>(inside / width * Shape::kCluster + rank) * Shape::kTileN;
-  return unit;
+  int shift = 0, part = 0, tile = index;
+  if (index >= p.whole_units) {
+    shift = p.tail_shift;
+    tile = p.whole_units + ((index - p.whole_units) >> shift);
+    part = (index - p.whole_units) & ((1 << shift) - 1);
+  }
+  const int panel = p.per_panel.Quotient(tile), inside = tile - panel * p.per_panel.d;
+  const bool full = panel < p.full_panels;
+  const int column = full ? inside / kPanelM : p.last_width.Quotient(inside);
+  const int row = inside - column * (full ? kPanelM : p.last_width.d);
+  return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
+          .m0 = (panel * kPanelM + row) * Shape::kTileM + part * (Shape::kTileM >> shift),
+          .shift = shift};
 }
 
 // L2 policies, as createpolicy makes them. Every unit reads x; few share codes and scales.
@@ -384,18 +403,28 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
   for (int begin = 0; begin < kTokens; begin += kTokensAtOnce) {
     if (stores) ptx::BulkWaitRead<0>();
     ptx::NamedBarrier(1 + group, 128);  // S4
+    const auto stage = [&]<bool kPlain>() {
 #pragma unroll
-    for (int token = 0; token < kTokensAtOnce; token += 16) {
-      uint32_t v[4];
+      for (int token = 0; token < kTokensAtOnce; token += 16) {
+        uint32_t v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &acc[(begin + token) / 2 + 2 * i];
-        const auto rounded = PairOf<T>::Round(fmaf(p.alpha, pair[0], bias[i & 1]),
-                                              fmaf(p.alpha, pair[1], bias[i & 1]));
-        v[i] = reinterpret_cast<const uint32_t&>(rounded);
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &acc[(begin + token) / 2 + 2 * i];
+          float lo = pair[0], hi = pair[1];
+          if constexpr (!kPlain) {
+            lo = fmaf(p.alpha, lo, bias[i & 1]);
+            hi = fmaf(p.alpha, hi, bias[i & 1]);
+          }
+          const auto rounded = PairOf<T>::Round(lo, hi);
+          v[i] = reinterpret_cast<const uint32_t&>(rounded);
+        }
+        ptx::StoreMatrix4Transposed(mine + token * 128, v[0], v[1], v[2], v[3]);
       }
-      ptx::StoreMatrix4Transposed(mine + token * 128, v[0], v[1], v[2], v[3]);
-    }
+    };
+    if (p.alpha == 1.0f && p.bias == nullptr)
+      stage.template operator()<true>();
+    else
+      stage.template operator()<false>();
     ptx::FenceProxyAsync();
     ptx::NamedBarrier(1 + group, 128);  // S4
     if (stores && first_n < p.n) {
