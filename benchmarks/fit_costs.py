@@ -43,22 +43,23 @@ def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
     if "StreamK" in config["name"] and tiles % SMS and steps > 8:
         return np.array([1, tiles / SMS * steps, tiles / SMS + 1])
     if config["family"] == "persistent":
-        waves = persistent_waves(config, tiles)
+        waves = persistent_waves(config, tiles, steps)
     else:
         waves = ceil_div(tiles * config["split_k"], SMS)
     return np.array([1, max(waves, fill) * steps, waves])
 
 
-def persistent_waves(config: dict, tiles: int) -> float:
+def persistent_waves(config: dict, tiles: int, steps: int) -> float:
     """Waves, in whole tiles: the twin of SchedulePersistent in gemm_persistent.h."""
     clusters = SMS // config["cluster_n"]
     whole, rest = divmod(tiles // config["cluster_n"], clusters)
-    tile_m = config["tile_m"]
-    shifts = 3 if tile_m == 256 else 1
-    return whole + min(
-        ceil_div(rest << shift, clusters) * ((tile_m >> shift) + 42) / (tile_m + 42)
-        for shift in range(shifts)
-    )
+    if rest == 0 or config["tile_m"] != 256:
+        return whole + (rest > 0)
+    runs = clusters / rest
+    waves = [1, 0.56 * ceil_div(2 * rest, clusters)]
+    if rest * steps >= clusters:
+        waves.append(1 / runs + (2 + 2 * runs) / steps)
+    return whole + min(waves)
 
 
 def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:

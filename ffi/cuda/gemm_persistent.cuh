@@ -53,6 +53,10 @@
 //       for the last ones to be read (named barrier 1 + warpgroup); what was staged is fenced to
 //       the async proxy before that barrier's next phase, behind which the stores start.
 //   S5  No CTA exits before the last cluster barrier: others arrive at its barriers until then.
+//   S6  Sums: a warpgroup's threads write them, then (named barrier) one of them releases the flag;
+//       one thread of the receiver acquires it, then (named barrier) all of them read. A receiver
+//       waits only for CTAs of lower index, which have been started before it and wait for nobody
+//       before they send. Flags start as anything but the token, and are left so.
 #pragma once
 
 #include <climits>
@@ -89,11 +93,15 @@ struct PersistentParams {
   const void* zeros;
   const void* bias;
   void* out;
-  int m, n, k;
-  int blocks_per_group;
+  int m, n;
+  int blocks_k, blocks_per_group;
   Divisor per_panel, last_width;  // units in a full panel; token tiles in the last panel
   int full_panels;
-  int whole_units, units, tail_shift;  // gemm_persistent.h
+  int whole_units, units, tail_shift;                   // gemm_persistent.h
+  int streamed_blocks, streamed_share, streamed_extra;  // all, of every cluster, of the first ones
+  float* sums;                                          // [CTA][kTileN * kTileM]
+  unsigned long long* flags;                            // [CTA][kWarpgroups]
+  unsigned long long token;  // a flag's value when the sums are there; no other call uses it
   float alpha;
   bool out_is_f32;
 };
@@ -162,27 +170,65 @@ struct PersistentShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// What a CTA does at a time: kTileM >> shift tokens from m0 on, kTileN rows of weights from n0 on.
+// What a CTA does at a time: blocks [begin, end) of K, kTileM >> shift tokens from m0 on, kTileN
+// rows of weights from n0 on.
 struct Unit {
-  int n0, m0, shift;
+  int n0, m0, shift, begin, end;
 };
 
-template <typename Shape>
-__device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
-  int shift = 0, part = 0, tile = index;
-  if (index >= p.whole_units) {
-    shift = p.tail_shift;
-    tile = p.whole_units + ((index - p.whole_units) >> shift);
-    part = (index - p.whole_units) & ((1 << shift) - 1);
-  }
-  const int panel = p.per_panel.Quotient(tile), inside = tile - panel * p.per_panel.d;
-  const bool full = panel < p.full_panels;
-  const int column = full ? inside / kPanelM : p.last_width.Quotient(inside);
-  const int row = inside - column * (full ? kPanelM : p.last_width.d);
-  return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
-          .m0 = (panel * kPanelM + row) * Shape::kTileM + part * (Shape::kTileM >> shift),
-          .shift = shift};
+// First block, of all streamed ones, of a cluster's run.
+__device__ inline int StreamBegin(const PersistentParams& p, int run) {
+  return run * p.streamed_share + min(run, p.streamed_extra);
 }
+
+// The units of a CTA, in order: every stride-th one, then its run of streamed blocks.
+template <typename Shape>
+struct Walk {
+  const PersistentParams& p;
+  int rank, index;
+  int at, run_end;  // of the run
+
+  __device__ Walk(const PersistentParams& params, int cluster_rank)
+      : p(params),
+        rank(cluster_rank),
+        index(blockIdx.x / Shape::kCluster),
+        at(StreamBegin(params, Run())),
+        run_end(StreamBegin(params, Run() + 1)) {
+    if (p.streamed_blocks == 0) at = run_end;
+  }
+
+  // A run's sums go to runs before it: those of later CTAs, which wait for earlier ones (S6).
+  __device__ int Run() const {
+    return gridDim.x / Shape::kCluster - 1 - blockIdx.x / Shape::kCluster;
+  }
+
+  __device__ bool More() const { return index < p.units || at < run_end; }
+
+  __device__ Unit Next() {
+    int shift = 0, part = 0, tile = index, begin = 0, end = p.blocks_k;
+    if (index >= p.units) {
+      tile = at / p.blocks_k;
+      begin = at - tile * p.blocks_k;
+      end = min(p.blocks_k, begin + run_end - at);
+      at += end - begin;
+      tile += p.whole_units;
+    } else if (index >= p.whole_units) {
+      shift = p.tail_shift;
+      tile = p.whole_units + ((index - p.whole_units) >> shift);
+      part = (index - p.whole_units) & ((1 << shift) - 1);
+    }
+    index += gridDim.x / Shape::kCluster;
+    const int panel = p.per_panel.Quotient(tile), inside = tile - panel * p.per_panel.d;
+    const bool full = panel < p.full_panels;
+    const int column = full ? inside / kPanelM : p.last_width.Quotient(inside);
+    const int row = inside - column * (full ? kPanelM : p.last_width.d);
+    return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
+            .m0 = (panel * kPanelM + row) * Shape::kTileM + part * (Shape::kTileM >> shift),
+            .shift = shift,
+            .begin = begin,
+            .end = end};
+  }
+};
 
 // L2 policies, as createpolicy makes them. Every unit reads x; few share codes and scales.
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0000000000000;
@@ -190,13 +236,13 @@ inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0
 // Starts every load of the CTA's units. Runs in one thread.
 template <typename T, typename Shape>
 __device__ inline void ProduceUnits(const PersistentMaps& maps, const PersistentParams& p,
-                                    uint32_t shared, int first, int stride, int rank) {
-  const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
+                                    uint32_t shared, int rank) {
   const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
   int slot = 0;
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
-  for (int index = first; index < p.units; index += stride) {
-    const Unit unit = UnitOf<Shape>(p, index, rank);
+  Walk<Shape> walk(p, rank);
+  while (walk.More()) {
+    const Unit unit = walk.Next();
     const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
     const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
     // The last cluster along N may reach beyond N by whole CTAs.
@@ -206,17 +252,20 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
     const uint32_t row_bytes = rows * 2;
     const uint32_t block_bytes =
         tokens * 128 + (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
-    const char* codes = reinterpret_cast<const char*>(p.qweight) +
-                        static_cast<int64_t>(unit.n0 / kBlockN) * kBlockBytes;
-    int64_t row = unit.n0;  // of scales and zeros
-    int left_in_group = p.blocks_per_group;
+    const char* codes =
+        reinterpret_cast<const char*>(p.qweight) +
+        (static_cast<int64_t>(unit.begin) * blocks_n + unit.n0 / kBlockN) * kBlockBytes;
+    const int group = unit.begin / p.blocks_per_group;
+    int64_t row = static_cast<int64_t>(group) * p.n + unit.n0;  // of scales and zeros
+    int left_in_group = (group + 1) * p.blocks_per_group - unit.begin;
     const int last_in_stage = unit.shift == 0 ? 0 : Shape::kPartBlocks - 1;
-    for (int block = 0; block < blocks_k; ++block) {
+#pragma unroll 1
+    for (int block = unit.begin; block < unit.end; ++block) {
       const int inside = block & last_in_stage, place = slot * Shape::kPartBlocks + inside;
       const uint32_t full = Shape::Full(shared, slot);
       if (inside == 0) {
         ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-        ptx::MbarrierArriveExpectTx(full, min(last_in_stage + 1, blocks_k - block) * block_bytes);
+        ptx::MbarrierArriveExpectTx(full, min(last_in_stage + 1, unit.end - block) * block_bytes);
       }
       if (rows > 0) {
         ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
@@ -239,7 +288,7 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
         left_in_group = p.blocks_per_group;
         row += p.n;
       }
-      if (inside == last_in_stage || block + 1 == blocks_k) {
+      if (inside == last_in_stage || block + 1 == unit.end) {
         if (++slot == Shape::kStages) {
           slot = 0;
           parity ^= 1;
@@ -369,6 +418,61 @@ struct PersistentConsumer {
   }
 };
 
+// Where a warpgroup of CTA `cta` leaves its sums for another: float4 number i of thread t is at
+// 128 * i + t. Its flag is at cta * kWarpgroups + group.
+template <typename Shape>
+__device__ inline float4* SumsOf(const PersistentParams& p, int cta, int group) {
+  return reinterpret_cast<float4*>(p.sums) +
+         (static_cast<int64_t>(cta) * Shape::kWarpgroups + group) * (Shape::kTileM * 16) +
+         threadIdx.x % 128;
+}
+
+template <typename Shape>
+__device__ inline void SendSums(const PersistentParams& p, const float (&acc)[Shape::kTileM / 2]) {
+  const int cta = blockIdx.x, group = threadIdx.x / 128;
+  float4* sums = SumsOf<Shape>(p, cta, group);
+#pragma unroll
+  for (int i = 0; i < Shape::kTileM / 8; ++i)
+    __stcg(sums + 128 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+  ptx::NamedBarrier(1 + group, 128);  // S6
+  if (threadIdx.x % 128 == 0)
+    ptx::StoreRelease(p.flags + cta * Shape::kWarpgroups + group, p.token);
+}
+
+// Adds what the later runs of the tile that ends with streamed block `end` have sent, in order.
+template <typename Shape>
+__device__ inline void AddSums(const PersistentParams& p, float (&acc)[Shape::kTileM / 2], int run,
+                               int end) {
+  const int group = threadIdx.x / 128;
+  int cta = blockIdx.x;
+  while (StreamBegin(p, ++run) < end) {
+    cta -= Shape::kCluster;
+    if (threadIdx.x % 128 == 0) {
+      unsigned long long* flag = p.flags + cta * Shape::kWarpgroups + group;
+      while (ptx::LoadAcquire(flag) != p.token) {
+      }
+      *flag = 0;  // nobody else waits for it; a later call with this workspace must not see it
+    }
+    ptx::NamedBarrier(1 + group, 128);  // S6
+    const float4* sums = SumsOf<Shape>(p, cta, group);
+    constexpr int kBatch = 8;
+#pragma unroll
+    for (int begin = 0; begin < Shape::kTileM / 8; begin += kBatch) {
+      float4 v[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) v[i] = __ldcg(sums + 128 * (begin + i));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        float* sum = &acc[4 * (begin + i)];
+        sum[0] += v[i].x;
+        sum[1] += v[i].y;
+        sum[2] += v[i].z;
+        sum[3] += v[i].w;
+      }
+    }
+  }
+}
+
 // From a warpgroup's accumulators to `out`.
 template <typename T, typename Shape, int kTokens>
 __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentParams& p,
@@ -463,11 +567,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
 
   const int rank = Shape::kCluster == 1 ? 0 : ptx::ClusterRank();
-  const int first = blockIdx.x / Shape::kCluster, stride = gridDim.x / Shape::kCluster;
   if (warp >= Shape::kConsumers / 32) {
     ptx::ReleaseRegisters<Shape::kProducerRegisters>();
     if (warp == Shape::kConsumers / 32 && ptx::ElectOne())
-      ProduceUnits<T, Shape>(maps, p, shared, first, stride, rank);
+      ProduceUnits<T, Shape>(maps, p, shared, rank);
     __syncwarp();
   } else {
     ptx::TakeRegisters<Shape::kConsumerRegisters>();
@@ -479,24 +582,30 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
         .releases = lane < Shape::kCluster,
     };
-    const int blocks = static_cast<int>(CeilDiv(p.k, kBlockK));
-    consumer.Acquire();
-    consumer.template Dequantize<0, 0>();
-    int index = first;
-    const auto run = [&]<int kTokens>(int end) {
-      for (; index < end; index += stride) {
-        const Unit unit = UnitOf<Shape>(p, index, rank);
-        float acc[kTokens / 2];
-        consumer.template Run<kTokens>(acc, blocks, index + stride < p.units);
-        StoreUnit<T, Shape, kTokens>(maps, p, acc, shared, unit.n0, unit.m0);
-      }
-    };
-    run.template operator()<Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
-    if constexpr (Shape::kMaxTailShift >= 1) {
-      if (p.tail_shift == 1) run.template operator()<Shape::kTileM / 2>(p.units);
+    Walk<Shape> walk(p, rank);
+    if (walk.More()) {
+      consumer.Acquire();
+      consumer.template Dequantize<0, 0>();
     }
-    if constexpr (Shape::kMaxTailShift >= 2) {
-      if (p.tail_shift == 2) run.template operator()<Shape::kTileM / 4>(p.units);
+    while (walk.index < p.whole_units || p.tail_shift == 0 && walk.More()) {
+      const Unit unit = walk.Next();
+      float acc[Shape::kTileM / 2];
+      consumer.template Run<Shape::kTileM>(acc, unit.end - unit.begin, walk.More());
+      if (unit.begin > 0) {
+        SendSums<Shape>(p, acc);
+      } else {
+        if (unit.end < p.blocks_k)
+          AddSums<Shape>(p, acc, walk.Run(), walk.at - unit.end + p.blocks_k);
+        StoreUnit<T, Shape, Shape::kTileM>(maps, p, acc, shared, unit.n0, unit.m0);
+      }
+    }
+    if constexpr (Shape::kMaxTailShift == 1) {
+      while (walk.More()) {
+        const Unit unit = walk.Next();
+        float acc[Shape::kTileM / 4];
+        consumer.template Run<Shape::kTileM / 2>(acc, unit.end, walk.More());
+        StoreUnit<T, Shape, Shape::kTileM / 2>(maps, p, acc, shared, unit.n0, unit.m0);
+      }
     }
     if (threadIdx.x % 128 == 0) ptx::BulkWaitRead<0>();
     __syncwarp();

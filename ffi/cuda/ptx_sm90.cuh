@@ -67,8 +67,7 @@ __device__ inline void MbarrierArriveExpectTx(uint32_t barrier, uint32_t bytes) 
 
 // Arrives at a barrier of any CTA of the cluster, named by MapShared.
 __device__ inline void MbarrierArriveCluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Waits for the phase of the given parity to complete.
@@ -188,6 +187,18 @@ __device__ inline void StoreMatrix4Transposed(uint32_t shared, uint32_t v0, uint
 // Orders earlier ordinary accesses of shared memory before later ones of the async proxy.
 __device__ inline void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// --- flags in global memory, between CTAs ---
+
+__device__ inline void StoreRelease(unsigned long long* flag, unsigned long long value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
+__device__ inline unsigned long long LoadAcquire(const unsigned long long* flag) {
+  unsigned long long value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
 }
 
 // --- groups of threads ---
