@@ -19,7 +19,6 @@ enum class Family {
 const char* FamilyName(Family family);
 
 enum class Schedule { kNone, kCooperative, kPingpong };
-const char* FamilyName(Family family);
 
 enum class Scheduler { kDataParallel, kStreamK };
 
