@@ -1,7 +1,7 @@
 // w4a16: checks and times products without Python or JAX.
 //
 //   w4a16 M N K [--group-size G] [--dtype float16|bfloat16] [--zeros] [--bias] [--out-float32]
-//               [--config NAME|auto|all|cpu] [--repeats R] [--sweep] [--json]
+//               [--batch-invariant] [--config NAME|auto|all|cpu] [--repeats R] [--sweep] [--json]
 //
 // Prints the device, the chosen kernel, the largest error against a double-precision reference, the
 // time of a call, TFLOP/s and GB/s. M may be several numbers joined by commas, --sweep means 1, 2,
@@ -27,11 +27,10 @@ namespace w4a16 {
 namespace {
 
 constexpr const char* kUsage =
-    "usage: w4a16 M N K [--group-size G (-1: per column)] [--dtype float16|bfloat16] [--zeros] "
-    "[--bias]\n"
-    "                   [--out-float32] [--config NAME|auto|all|cpu] [--repeats R (0: check "
-    "only)]\n"
-    "                   [--sweep] [--json]\n"
+    "usage: w4a16 M N K [--group-size G (-1: per column)] [--dtype float16|bfloat16] [--zeros]\n"
+    "                   [--bias] [--out-float32] [--batch-invariant]\n"
+    "                   [--config NAME|auto|all|cpu] [--repeats R (0: check only)] [--sweep]\n"
+    "                   [--json]\n"
     "M may be several numbers, joined by commas.\n";
 
 [[noreturn]] void Die(const std::string& message) {
@@ -47,7 +46,7 @@ struct Options {
   std::vector<int64_t> m;
   int64_t n = 0, k = 0, group_size = 128;
   DType dtype = W4A16_F16;
-  bool zeros = false, bias = false, out_float32 = false, json = false;
+  bool zeros = false, bias = false, out_float32 = false, batch_invariant = false, json = false;
   std::string config = "auto";
   int repeats = 50;
 };
@@ -98,6 +97,8 @@ Options Parse(int argc, char** argv) {
       options.bias = true;
     } else if (arg == "--out-float32") {
       options.out_float32 = true;
+    } else if (arg == "--batch-invariant") {
+      options.batch_invariant = true;
     } else if (arg == "--sweep") {
       sweep = true;
     } else if (arg == "--json") {
@@ -446,7 +447,8 @@ int Main(int argc, char** argv) {
                      .x_dtype = options.dtype,
                      .out_dtype = options.out_float32 ? W4A16_F32 : options.dtype,
                      .has_zeros = options.zeros,
-                     .has_bias = options.bias};
+                     .has_bias = options.bias,
+                     .batch_invariant = options.batch_invariant};
   for (const int64_t m : options.m) {
     Problem each = p;
     each.m = m;

@@ -24,6 +24,7 @@ class Problem:
     out_dtype: str
     has_zeros: bool
     has_bias: bool
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

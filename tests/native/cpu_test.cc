@@ -83,6 +83,7 @@ HostCase RandomCase(int seed) {
       .out_dtype = random() % 2 ? x_dtype : W4A16_F32,
       .has_zeros = static_cast<int32_t>(random() % 2),
       .has_bias = static_cast<int32_t>(random() % 2),
+      .batch_invariant = 0,
   };
   const float alpha = random() % 3 == 0 ? -0.75f : 1.0f;
   return HostCase(p, seed, alpha, random() % 2);
