@@ -28,6 +28,14 @@ constexpr Config kConfigs[] = {
    .stages = STAGES,                                    \
    .split_k = SPLIT,                                    \
    W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_PERSISTENT(N, M, STAGES, CLUSTER, ...)           \
+  {.name = "persistent_" #N "x" #M "_s" #STAGES "_c" #CLUSTER, \
+   .family = Family::kPersistent,                              \
+   .tile_n = N,                                                \
+   .tile_m = M,                                                \
+   .stages = STAGES,                                           \
+   .cluster_n = CLUSTER,                                       \
+   W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, ...)                  \
   {.name = "cutlass_" #N "x" #M "_c" #CN "x" #CM "_" #SCHEDULE "_" #SCHEDULER, \
    .family = Family::kCutlass,                                                 \
@@ -42,6 +50,7 @@ constexpr Config kConfigs[] = {
 #undef W4A16_COSTS
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
 };
 
@@ -63,6 +72,8 @@ const char* FamilyName(Family family) {
       return "decode";
     case Family::kWgmma:
       return "wgmma";
+    case Family::kPersistent:
+      return "persistent";
     case Family::kCutlass:
       return "cutlass";
   }
@@ -133,9 +144,9 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
     if (p.k < kBlockK) return Refuse(config, "K is less than 64");
     if (p.has_zeros) return Refuse(config, "zero points are not compiled into the CUTLASS kernels");
     if (p.out_dtype != p.x_dtype) return Refuse(config, "float32 output is not compiled in");
-    if (p.group_size < p.k && p.group_size % kBlockK != 0)
-      return Refuse(config, "group size is not a multiple of 64");
   }
+  if (config.family != Family::kWgmma && p.group_size < p.k && p.group_size % kBlockK != 0)
+    return Refuse(config, "group size is not a multiple of 64");
   return {};
 }
 

@@ -42,6 +42,8 @@ Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaSt
       return RunDecode(p, o, *config, stream);
     case Family::kWgmma:
       return RunWgmma(p, o, *config, stream);
+    case Family::kPersistent:
+      return RunPersistent(p, o, *config, device.num_sms, stream);
     case Family::kCutlass:
       return RunCutlass(p, o, *config, stream);
   }

@@ -17,6 +17,7 @@ struct Instance {
 constexpr Instance kInstances[] = {
 #define W4A16_DECODE(...)
 #define W4A16_WGMMA(...)
+#define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, ...)                              \
   {"cutlass_" #N "x" #M "_c" #CN "x" #CM "_" #SCHEDULE "_" #SCHEDULER,                     \
    LaunchCutlass<W4A16_F16, N, M, CN, CM, Schedule::k##SCHEDULE, Scheduler::k##SCHEDULER>, \
@@ -24,6 +25,7 @@ constexpr Instance kInstances[] = {
 #include "configs.inc"
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
 };
 
