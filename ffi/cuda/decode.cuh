@@ -46,8 +46,6 @@
 
 namespace w4a16 {
 
-__host__ __device__ constexpr int Log2(int v) { return v > 1 ? 1 + Log2(v / 2) : 0; }
-
 template <typename T>
 __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   const uint16_t bits = LoadShared16(address);
@@ -190,52 +188,54 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
   constexpr int kBlocks = StageBlocks(kTileM);
   constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
   constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
-
-  uint32_t x[kTokenBlocks][4 * kBlocks][2];  // operand B of every step
-#pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) {
-      uint32_t v[4];
-      LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (i % 2 * 64)) + i / 2 * 128 : zero_chunk,
-                  v);
-      x[j][2 * i][0] = v[0], x[j][2 * i][1] = v[1];
-      x[j][2 * i + 1][0] = v[2], x[j][2 * i + 1][1] = v[3];
-    }
-  }
-
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
-  constexpr int kRows = kTileM == 8 || (kTileM == 16 && kParts < 4) ? 2 : 1;
+  constexpr int kRows = 2;
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
-  float sum[kParts][kTokenBlocks][4] = {};
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
   const uint32_t scale_address =
       stage + kBlocks * (kRowBlocks * kBlockBytes + x_rows * kBlockK * 2) + lane / 4 * 2;
+
+  // Parts are outermost, so that x and its sums live for one part alone.
 #pragma unroll
-  for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
-    uint32_t words[kRows][4 * kBlocks];
+  for (int part = 0; part < kParts; ++part) {
+    uint32_t x[kTokenBlocks][kSteps][2];  // operand B of every step
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const uint4 v = LoadShared128(stage + (b * kRowBlocks + r0 + r) * kBlockBytes + 16 * lane);
-        words[r][4 * b] = v.x, words[r][4 * b + 1] = v.y;
-        words[r][4 * b + 2] = v.z, words[r][4 * b + 3] = v.w;
+      for (int s = 0; s < kSteps; s += 2) {
+        const int i = (part * kSteps + s) / 2;
+        uint32_t v[4];
+        LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (i % 2 * 64)) + i / 2 * 128 : zero_chunk,
+                    v);
+        x[j][s][0] = v[0], x[j][s][1] = v[1];
+        x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
+    float sum[kTokenBlocks][kChains][4] = {};
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
+      constexpr int kWords = kSteps < 4 ? kSteps : 4;  // read at a time
+      uint32_t words[kRows][kSteps];
+#pragma unroll
+      for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
+#pragma unroll
+        for (int s = 0; s < kSteps; s += kWords) {
+          const int b = (part * kSteps + s) / 4, first = (part * kSteps + s) % 4;
+          LoadSharedWords(stage + (b * kRowBlocks + r0 + r) * kBlockBytes + 16 * lane + 4 * first,
+                          *reinterpret_cast<uint32_t(*)[kWords]>(&words[r][s]));
+        }
+      }
       float partial[kRows][kChains][kTokenBlocks][4] = {};
 #pragma unroll
-      for (int s = part * kSteps; s < (part + 1) * kSteps; ++s) {
+      for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
-          if (kAffine && r0 == 0) Mma<T>(sum[part][j], kOnes, x[j][s][0], x[j][s][1]);
+          if (kAffine && r0 == 0) Mma<T>(sum[j][s % kChains], kOnes, x[j][s][0], x[j][s][1]);
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
           uint32_t a[4];
           if constexpr (kAffine) {
             D::Affine(words[r][s], a);
@@ -247,8 +247,12 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
             Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1]);
         }
       }
+      if constexpr (kAffine && kChains == 2) {
 #pragma unroll
-      for (int i = 0; i < 2 * kRows; ++i) {
+        for (int c = 0; r0 == 0 && c < 4; ++c) sum[0][0][c] += sum[0][1][c];
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kRows && r0 + i / 2 < kRowBlocks; ++i) {
         const int r = i / 2, half = i % 2;
         const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
         const float scale = LoadSharedFloat<T>(row);
@@ -260,7 +264,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
           for (int c = 2 * half; c < 2 * half + 2; ++c) {
             float v = partial[r][0][j][c];
             if constexpr (kChains == 2) v += partial[r][1][j][c];
-            if constexpr (kAffine) v = fmaf(-zero, sum[part][j][c], v);
+            if constexpr (kAffine) v = fmaf(-zero, sum[j][0][c], v);
             acc[r0 + r][j][c] = fmaf(scale, v, acc[r0 + r][j][c]);
           }
         }
@@ -295,7 +299,7 @@ __device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, fl
 template <typename T, int kTileN, int kTileM, int kStages, bool kZeros, int kParts>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
-  static_assert(kTileN % 32 == 0 && kTileM % 8 == 0);
+  static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0);
   constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   extern __shared__ __align__(128) char shared[];
 
@@ -379,6 +383,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   __syncthreads();  // invariant 4
 
   // Outputs go in quads: 4 columns of one token.
+  // Of a token's, a CTA of a cluster cares for every split-th.
   constexpr int kQuads = kTileN / 4;
   const auto store = [&](int token, int quad, float4 sum) {
     if (p.out_float32) {
@@ -390,7 +395,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto add = [](float4& a, const float4& b) {
     a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
   };
-  const int log2_share = Log2(kQuads) - log2_split;  // of a token's quads, in each CTA's care
+  const int share = QuadsShare(kTileN, 1 << log2_split);
   for (int idx = threadIdx.x; idx < rows * kQuads; idx += blockDim.x) {
     const int token = idx / kQuads, quad = idx % kQuads;
     const char* part = partials + 4 * (token * kStride + 4 * quad);
@@ -402,21 +407,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       continue;
     }
 #if __CUDA_ARCH__ >= 900
-    const int owner = quad >> log2_share, at = quad & ((1 << log2_share) - 1);
-    StoreCluster(
-        SharedAddress(shared) + 16 * ((((rank << Log2(kTileM)) + token) << log2_share) + at), owner,
-        sum);
+    const int owner = quad & ((1 << log2_split) - 1), at = quad >> log2_split;
+    StoreCluster(SharedAddress(shared) + 16 * ((rank * kTileM + token) * share + at), owner, sum);
 #endif
   }
 #if __CUDA_ARCH__ >= 900
   if (log2_split == 0) return;
   ClusterArriveRelease();
   ClusterWait();  // invariant 6
-  for (int idx = threadIdx.x; idx < rows << log2_share; idx += blockDim.x) {
+  for (int idx = threadIdx.x; idx < rows * share; idx += blockDim.x) {
+    const int token = idx / share, quad = (idx % share << log2_split) + rank;
+    if (quad >= kQuads) continue;
     const float4* part = reinterpret_cast<const float4*>(shared) + idx;
     float4 sum = part[0];
-    for (int s = 1; s < 1 << log2_split; ++s) add(sum, part[(s << Log2(kTileM)) << log2_share]);
-    store(idx >> log2_share, (rank << log2_share) + (idx & ((1 << log2_share) - 1)), sum);
+    for (int s = 1; s < 1 << log2_split; ++s) add(sum, part[s * kTileM * share]);
+    store(token, quad, sum);
   }
 #endif
 }
@@ -432,8 +437,7 @@ DecodeKernelPointer KernelForParts(int parts) {
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
 #define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT, ...)                                        \
-  static_assert(WARPS * 32 <= kMaxThreads && SPLIT * 4 <= N && (WARPS & (WARPS - 1)) == 0 && \
-                (SPLIT & (SPLIT - 1)) == 0);                                                 \
+  static_assert(WARPS * 32 <= kMaxThreads && (SPLIT & (SPLIT - 1)) == 0);                      \
   if (c.tile_n == N && c.tile_m == M && c.stages == STAGES)                                  \
     return has_zeros ? KernelForParts<T, N, M, STAGES, true>(parts)                          \
                      : KernelForParts<T, N, M, STAGES, false>(parts);

@@ -59,8 +59,13 @@ struct DecodeSharedMemory {
 
 inline constexpr int kZeroBytes = 16;  // stand for the tokens that do not exist
 
+// Of the outputs of a token, in quads of 4 columns, how many at most a CTA of the cluster sums.
+W4A16_HD constexpr int QuadsShare(int tile_n, int split_k) {
+  return (tile_n / 4 + split_k - 1) / split_k;
+}
+
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
-  return split_k == 1 ? 0 : 4 * tile_n * tile_m;
+  return split_k == 1 ? 0 : split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
 }
 
 constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {

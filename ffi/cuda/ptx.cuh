@@ -77,6 +77,23 @@ __device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
   return v;
 }
 
+// kWords (2 or 4) words, aligned to their size.
+template <int kWords>
+__device__ __forceinline__ void LoadSharedWords(uint32_t address, uint32_t (&d)[kWords]) {
+  static_assert(kWords == 2 || kWords == 4);
+  if constexpr (kWords == 2) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(d[0]), "=r"(d[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
 __device__ __forceinline__ uint16_t LoadShared16(uint32_t address) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
