@@ -55,18 +55,18 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
 inline constexpr int kMaxThreads = 256;
 
 // Fills a warp's stages, each with one unit of K: StageBlocks blocks.
-template <typename T, int kTileN, int kTileM, bool kZeros, int kParts>
+template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
 class StageLoader {
  public:
-  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int lane)
+  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int thread)
       : p_(p),
-        lane_(lane),
+        thread_(thread),
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
-        row_blocks_(p.blocks_n - n0 / kBlockN),
+        row_blocks_(p.blocks_n - n0 / kBlockN - thread / 32),
         policy_(EvictFirstPolicy()),
         weights_(reinterpret_cast<const char*>(p.qweight) +
-                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * lane),
+                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
         x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0) * p.k) {}
 
   // Starts the copies, as one group.
@@ -77,8 +77,8 @@ class StageLoader {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        CopyAsync(stage + (b * kRowBlocks + r) * kBlockBytes + 16 * lane_,
+      for (int r = 0; r < kRowBlocks; r += kTeam) {
+        CopyAsync(stage + (b * kRowBlocks + r) * kBlockBytes + 16 * thread_,
                   weights + r * kBlockBytes, r < row_blocks_ && (b == 0 || k0 + b * kBlockK < p_.k),
                   policy_);
       }
@@ -99,6 +99,7 @@ class StageLoader {
   }
 
  private:
+  static constexpr int kThreads = 32 * kTeam;
   static constexpr int kBlocks = StageBlocks(kTileM);
   static constexpr int kUnitK = kBlocks * kBlockK;
   static constexpr int kRowBlocks = kTileN / kBlockN;
@@ -112,19 +113,19 @@ class StageLoader {
 
   __device__ __forceinline__ void LoadX(uint32_t dst, int k0) const {
     constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a row
-    const int chunk = lane_ % kChunks, k = k0 + 8 * chunk;
+    const int chunk = thread_ % kChunks, k = k0 + 8 * chunk;
     const bool valid = k < p_.k;  // else zeros, from an address that is not read
-    const T* x = x_ + static_cast<int64_t>(lane_ / kChunks) * p_.k + k;
+    const T* x = x_ + static_cast<int64_t>(thread_ / kChunks) * p_.k + k;
 #pragma unroll
-    for (int first = 0; first < kTileM; first += 32 / kChunks) {
-      const int row = first + lane_ / kChunks;
+    for (int first = 0; first < kTileM; first += kThreads / kChunks) {
+      const int row = first + thread_ / kChunks;
       CopyAsyncShared(dst + XOffset(row, chunk), x + static_cast<int64_t>(first) * p_.k,
                       row < rows_, valid);
     }
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst, int k0) const {
-    for (int i = lane_; i < rows_ * kUnitK; i += 32) {
+    for (int i = thread_; i < rows_ * kUnitK; i += kThreads) {
       const int row = i / kUnitK, k = i % kUnitK;
       uint16_t v = 0;
       if (k0 + k < p_.k)
@@ -147,8 +148,8 @@ class StageLoader {
   __device__ __forceinline__ void LoadScales(uint32_t dst, int k0) const {
     constexpr int kChunks = kTileN / 8;  // of 16 bytes, in a row
 #pragma unroll
-    for (int i = 0; i < kScaleRows * kChunks; i += 32) {
-      const int idx = i + lane_;
+    for (int i = 0; i < kScaleRows * kChunks; i += kThreads) {
+      const int idx = i + thread_;
       const int row = idx / kChunks, n = idx % kChunks * 8;
       CopyAsync(dst + 16 * idx, ScaleSource(row, k0) + n,
                 idx < kScaleRows * kChunks && n0_ + n < p_.n);
@@ -156,7 +157,7 @@ class StageLoader {
   }
 
   __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst, int k0) const {
-    for (int idx = lane_; idx < kScaleRows * kTileN; idx += 32) {
+    for (int idx = thread_; idx < kScaleRows * kTileN; idx += kThreads) {
       const int row = idx / kTileN, n = idx % kTileN;
       if (n0_ + n < p_.n)
         StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row, k0))[n]);
@@ -164,7 +165,7 @@ class StageLoader {
   }
 
   const DecodeParams& p_;
-  const int lane_, n0_, rows_, row_blocks_;
+  const int thread_, n0_, rows_, row_blocks_;
   const uint64_t policy_;
   const char* const weights_;
   const T* const x_;
@@ -177,14 +178,15 @@ __host__ __device__ constexpr bool UsesAffineCodes(int tile_m, bool zeros) {
 
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
-template <typename T, int kTileN, int kTileM, bool kZeros, int kParts>
-__device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
+template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
+__device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_rows,
                                               const uint32_t (&x_address)[kTileM / 8],
                                               const bool (&x_exists)[kTileM / 8],
                                               uint32_t zero_chunk, int lane,
-                                              float (&acc)[kTileN / 16][kTileM / 8][4]) {
+                                              float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
-  constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  constexpr int kRowBlocks = kTileBlocks / kTeam;  // this warp's
   constexpr int kBlocks = StageBlocks(kTileM);
   constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
   constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
@@ -194,8 +196,9 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
-  const uint32_t scale_address =
-      stage + kBlocks * (kRowBlocks * kBlockBytes + x_rows * kBlockK * 2) + lane / 4 * 2;
+  const uint32_t words_address = stage + member * (kRowBlocks * kBlockBytes) + 16 * lane;
+  const uint32_t scale_address = stage + kBlocks * (kTileBlocks * kBlockBytes + x_rows * kBlockK * 2) +
+                                 2 * (member * kRowBlocks * kBlockN + lane / 4);
 
   // Parts are outermost, so that x and its sums live for one part alone.
 #pragma unroll
@@ -223,7 +226,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
 #pragma unroll
         for (int s = 0; s < kSteps; s += kWords) {
           const int b = (part * kSteps + s) / 4, first = (part * kSteps + s) % 4;
-          LoadSharedWords(stage + (b * kRowBlocks + r0 + r) * kBlockBytes + 16 * lane + 4 * first,
+          LoadSharedWords(words_address + (b * kTileBlocks + r0 + r) * kBlockBytes + 4 * first,
                           *reinterpret_cast<uint32_t(*)[kWords]>(&words[r][s]));
         }
       }
@@ -296,16 +299,28 @@ __device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, fl
   }
 }
 
-template <typename T, int kTileN, int kTileM, int kStages, bool kZeros, int kParts>
+// The warps of a team meet.
+template <int kTeam>
+__device__ __forceinline__ void TeamBarrier(int team) {
+  if constexpr (kTeam == 1) {
+    __syncwarp();
+  } else {
+    NamedBarrier(1 + team, 32 * kTeam);
+  }
+}
+
+template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros, int kParts>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
-  static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0);
-  constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
+  constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
   extern __shared__ __align__(128) char shared[];
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  const int log2_split = p.log2_split_k;
-  const int rank = blockIdx.x & ((1 << log2_split) - 1);
+  const int lane = threadIdx.x % 32, thread = threadIdx.x % (32 * kTeam), member = thread / 32;
+  const int team = threadIdx.x / (32 * kTeam), num_teams = blockDim.x / (32 * kTeam);
+  const int log2_split = p.log2_split_k, split = 1 << log2_split;
+  const int rank = blockIdx.x & (split - 1);
   int tile_n = blockIdx.x >> log2_split, tile_m = 0;
   if (p.tiles_m > 1) {
     tile_m = tile_n % p.tiles_m;
@@ -313,32 +328,42 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   const int n0 = tile_n * kTileN, m0 = tile_m * kTileM;
 
-  // This warp's units of K: `first`, first + num_warps, ... below `end`. All CTAs take them in the
+  // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
   constexpr int kBlocks = StageBlocks(kTileM);
   const int units = (p.blocks_k + kBlocks - 1) / kBlocks;
-  const int first = (units * rank >> log2_split) + warp;
+  const int first = (units * rank >> log2_split) + team;
   const int end = units * (rank + 1) >> log2_split;
 
-  char* const partials = shared + ReceivedBytes(kTileN, kTileM, 1 << log2_split);
-  char* const ring = partials + warp * p.warp_bytes;
+  char* const partials = shared + ReceivedBytes(kTileN, kTileM, split);
+  char* const ring = partials + team * p.team_bytes;
   const uint32_t ring_address = SharedAddress(ring);
-  const uint32_t zero_chunk = ring_address + kStages * p.stage_bytes;
+  const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
-  const StageLoader<T, kTileN, kTileM, kZeros, kParts> loader(p, n0, m0, lane);
+  const StageLoader<T, kTileN, kTileM, kTeam, kZeros, kParts> loader(p, n0, m0, thread);
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) {
-    const int unit = first + s * num_warps;
+    const int unit = first + s * num_teams;
     if (unit < end) loader.Load(ring_address + s * p.stage_bytes, unit);
     CopyAsyncCommit();
   }
 
+  const int rows = min(p.x_rows, p.m - m0);
+  constexpr int kQuads = kTileN / 4;  // outputs go in quads: 4 columns of one token
 #if __CUDA_ARCH__ >= 900
-  if (log2_split > 0) ClusterArriveRelaxed();
+  // Every split-th quad of a token is this CTA's to sum.
+  const int share = QuadsShare(kTileN, split);
+  const uint32_t received = SharedAddress(shared) + kBarrierBytes;
+  if (log2_split > 0) {
+    if (threadIdx.x == 0) {
+      MbarrierInit(SharedAddress(shared), split * rows * ((kQuads - rank + split - 1) >> log2_split) * 16);
+    }
+    ClusterArriveRelaxed();
+  }
 #endif
 
-  if (lane < kZeroBytes / 4) reinterpret_cast<uint32_t*>(ring + kStages * p.stage_bytes)[lane] = 0;
-  const int rows = min(p.x_rows, p.m - m0);
+  const uint32_t zero_chunk = ring_address + p.team_bytes - kZeroBytes * (kTeam - member);
+  if (lane < kZeroBytes / 4) StoreShared32(zero_chunk + 4 * lane, 0);
   uint32_t x_address[kTokenBlocks];
   bool x_exists[kTokenBlocks];
 #pragma unroll
@@ -346,34 +371,35 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const int row = 8 * j + lane % 8;
     x_exists[j] = row < rows;
     x_address[j] =
-        kBlocks * (kRowBlocks * kBlockBytes + row * kBlockK * 2) + 16 * ((lane / 8) ^ (lane % 8));
+        kBlocks * (kTileBlocks * kBlockBytes + row * kBlockK * 2) + 16 * ((lane / 8) ^ (lane % 8));
   }
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
 #pragma unroll 1
-  for (int unit = first; unit < end; unit += num_warps) {
+  for (int unit = first; unit < end; unit += num_teams) {
     CopyAsyncWait<kStages - 1>();
-    __syncwarp();  // invariant 1
-    MultiplyStage<T, kTileN, kTileM, kZeros, kParts>(stage, p.x_rows, x_address, x_exists,
-                                                     zero_chunk, lane, acc);
-    __syncwarp();  // invariants 2 and 3
-    const int next = unit + kStages * num_warps;
+    TeamBarrier<kTeam>(team);  // invariant 1
+    MultiplyStage<T, kTileN, kTileM, kTeam, kZeros, kParts>(stage, member, p.x_rows, x_address,
+                                                            x_exists, zero_chunk, lane, acc);
+    TeamBarrier<kTeam>(team);  // invariants 2 and 3
+    const int next = unit + kStages * num_teams;
     if (next < end) loader.Load(stage, next);
     CopyAsyncCommit();
-    stage = stage + p.stage_bytes == zero_chunk ? ring_address : stage + p.stage_bytes;
+    stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
   }
 
   constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
   constexpr int kStride = PartialStride(kTileN);
-  float* const partial = reinterpret_cast<float*>(ring);
+  float* const partial =
+      reinterpret_cast<float*>(ring) + member * (kRowBlocks * kBlockN) + lane / 4;
 #pragma unroll
   for (int r = 0; r < kRowBlocks; ++r) {
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + lane / 4 + i / 2 * 8] =
+        partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8] =
             kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i];
     }
   }
@@ -382,9 +408,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #endif
   __syncthreads();  // invariant 4
 
-  // Outputs go in quads: 4 columns of one token.
-  // Of a token's, a CTA of a cluster cares for every split-th.
-  constexpr int kQuads = kTileN / 4;
   const auto store = [&](int token, int quad, float4 sum) {
     if (p.out_float32) {
       StoreOut<float, T>(p, m0 + token, n0 + 4 * quad, sum);
@@ -395,52 +418,50 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto add = [](float4& a, const float4& b) {
     a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
   };
-  const int share = QuadsShare(kTileN, 1 << log2_split);
   for (int idx = threadIdx.x; idx < rows * kQuads; idx += blockDim.x) {
     const int token = idx / kQuads, quad = idx % kQuads;
     const char* part = partials + 4 * (token * kStride + 4 * quad);
     float4 sum = *reinterpret_cast<const float4*>(part);
-    for (int w = 1; w < num_warps; ++w)
-      add(sum, *reinterpret_cast<const float4*>(part + w * p.warp_bytes));
+    for (int t = 1; t < num_teams; ++t)
+      add(sum, *reinterpret_cast<const float4*>(part + t * p.team_bytes));
     if (log2_split == 0) {
       store(token, quad, sum);
       continue;
     }
 #if __CUDA_ARCH__ >= 900
-    const int owner = quad & ((1 << log2_split) - 1), at = quad >> log2_split;
-    StoreCluster(SharedAddress(shared) + 16 * ((rank * kTileM + token) * share + at), owner, sum);
+    const int at = (rank * kTileM + token) * share + (quad >> log2_split);
+    SendCluster(received + 16 * at, SharedAddress(shared), quad & (split - 1), sum);
 #endif
   }
 #if __CUDA_ARCH__ >= 900
   if (log2_split == 0) return;
-  ClusterArriveRelease();
-  ClusterWait();  // invariant 6
+  MbarrierWaitFirst(SharedAddress(shared));  // invariant 6
   for (int idx = threadIdx.x; idx < rows * share; idx += blockDim.x) {
     const int token = idx / share, quad = (idx % share << log2_split) + rank;
     if (quad >= kQuads) continue;
-    const float4* part = reinterpret_cast<const float4*>(shared) + idx;
+    const float4* part = reinterpret_cast<const float4*>(shared + kBarrierBytes) + idx;
     float4 sum = part[0];
-    for (int s = 1; s < 1 << log2_split; ++s) add(sum, part[s * kTileM * share]);
+    for (int s = 1; s < split; ++s) add(sum, part[s * kTileM * share]);
     store(token, quad, sum);
   }
 #endif
 }
 
-template <typename T, int kTileN, int kTileM, int kStages, bool kZeros>
+template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros>
 DecodeKernelPointer KernelForParts(int parts) {
   constexpr int kMost = 2 * StageBlocks(kTileM);
-  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, 1>;
-  if (parts == kMost) return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, kMost>;
-  return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, 2>;
+  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, 1>;
+  if (parts == kMost) return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, kMost>;
+  return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, 2>;
 }
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT, ...)                                        \
-  static_assert(WARPS * 32 <= kMaxThreads && (SPLIT & (SPLIT - 1)) == 0);                      \
-  if (c.tile_n == N && c.tile_m == M && c.stages == STAGES)                                  \
-    return has_zeros ? KernelForParts<T, N, M, STAGES, true>(parts)                          \
-                     : KernelForParts<T, N, M, STAGES, false>(parts);
+#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                                       \
+  static_assert(WARPS * 32 <= kMaxThreads && WARPS % TEAM == 0 && (SPLIT & (SPLIT - 1)) == 0); \
+  if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES)                    \
+    return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)                        \
+                     : KernelForParts<T, N, M, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_CUTLASS(...)
 #include "../configs.inc"

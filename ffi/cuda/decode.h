@@ -21,8 +21,8 @@ struct DecodeParams {
   int group_shift;
   // Shared memory:
   int x_rows;       // rows of x that a stage holds: min(M, tile_m)
-  int stage_bytes;  // one warp's stage
-  int warp_bytes;   // one warp's ring of stages, later its partial tile
+  int stage_bytes;  // one team's stage
+  int team_bytes;   // one team's ring of stages, later its partial tile, and zero bytes
   bool x_aligned;   // rows of x begin at multiples of 16 bytes
   bool n_aligned;   // rows of scales and zeros begin at multiples of 16 bytes
   bool out_float32;
@@ -50,22 +50,24 @@ constexpr int StageParts(const Problem& p, int tile_m) {
 // warp stores at a time lie in different banks.
 W4A16_HD constexpr int PartialStride(int tile_n) { return tile_n + 4; }
 
-// Shared memory of a CTA:
-//   sums received from the cluster (split_k > 1) | warps x ring
-//   ring = stages x (weights | x rows | scales | zeros) | 16 zero bytes; later the partial tile
-struct DecodeSharedMemory {
-  int stage_bytes, warp_bytes, total_bytes;
-};
-
-inline constexpr int kZeroBytes = 16;  // stand for the tokens that do not exist
-
-// Of the outputs of a token, in quads of 4 columns, how many at most a CTA of the cluster sums.
+// Of a token's outputs, in quads of 4 columns, how many at most a CTA of the cluster sums.
 W4A16_HD constexpr int QuadsShare(int tile_n, int split_k) {
   return (tile_n / 4 + split_k - 1) / split_k;
 }
 
+// Shared memory of a CTA:
+//   barrier | sums received from the cluster (both for split_k > 1) | teams x (ring | zeros)
+//   ring = stages x (weights | x rows | scales | zero points); later the partial tile
+//   zeros: 16 bytes for each warp, which stand for the tokens that do not exist
+struct DecodeSharedMemory {
+  int stage_bytes, team_bytes, total_bytes;
+};
+
+inline constexpr int kZeroBytes = 16;
+inline constexpr int kBarrierBytes = 16;
+
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
-  return split_k == 1 ? 0 : split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
+  return split_k == 1 ? 0 : kBarrierBytes + split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
 }
 
 constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {
@@ -74,10 +76,9 @@ constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config
   const int scale_rows = StageParts(p, c.tile_m) * (p.has_zeros ? 2 : 1);
   const int stage = blocks * (c.tile_n / kBlockN * kBlockBytes + x_rows * kBlockK * 2) +
                     scale_rows * c.tile_n * 2;
-  const int ring = c.stages * stage + kZeroBytes;
-  const int partial = c.tile_m * PartialStride(c.tile_n) * 4;
-  const int warp = ring > partial ? ring : partial;
-  return {stage, warp, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps * warp};
+  const int ring = c.stages * stage, partial = c.tile_m * PartialStride(c.tile_n) * 4;
+  const int team = (ring > partial ? ring : partial) + c.team * kZeroBytes;
+  return {stage, team, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps / c.team * team};
 }
 
 // The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu).

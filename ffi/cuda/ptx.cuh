@@ -68,15 +68,6 @@ __device__ __forceinline__ uint4 LoadGlobalOnce(const uint4* p, uint64_t policy)
   return v;
 }
 
-__device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
 // kWords (2 or 4) words, aligned to their size.
 template <int kWords>
 __device__ __forceinline__ void LoadSharedWords(uint32_t address, uint32_t (&d)[kWords]) {
@@ -102,6 +93,15 @@ __device__ __forceinline__ uint16_t LoadShared16(uint32_t address) {
 
 __device__ __forceinline__ void StoreShared16(uint32_t address, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
+
+__device__ __forceinline__ void StoreShared32(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+// Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
+__device__ __forceinline__ void NamedBarrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
@@ -136,25 +136,46 @@ __device__ __forceinline__ void Mma<__nv_bfloat16>(float (&d)[4], const uint32_t
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// A cluster's barrier. Relaxed orders no memory; release / acquire order what came before the
-// arrival of any thread before what follows the wait of any other.
+// A cluster's barrier. The arrival orders no memory but mbarriers, by MbarrierInit.
 __device__ __forceinline__ void ClusterArriveRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-__device__ __forceinline__ void ClusterArriveRelease() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Stores to the place that `address` names, in the shared memory of the cluster's CTA `rank`.
-__device__ __forceinline__ void StoreCluster(uint32_t address, int rank, float4 v) {
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v.x),
-               "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
+// An mbarrier whose first phase ends when `bytes` have been received; the cluster may send once it
+// has met after this.
+__device__ __forceinline__ void MbarrierInit(uint32_t barrier, int bytes) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+      "fence.mbarrier_init.release.cluster;\n\t"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
+}
+
+__device__ __forceinline__ void MbarrierWaitFirst(uint32_t barrier) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "retry:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
+      "@!done bra retry;\n\t}" ::"r"(barrier)
+      : "memory");
+}
+
+// Stores to the place that `address` names in the shared memory of the cluster's CTA `rank`, and
+// counts there, at `barrier`, as 16 bytes received.
+__device__ __forceinline__ void SendCluster(uint32_t address, uint32_t barrier, int rank,
+                                            float4 v) {
+  asm volatile(
+      "{\n\t.reg .b32 there, barrier_there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 barrier_there, %1, %2;\n\t"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, "
+      "%6}, [barrier_there];\n\t}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
 }
 #endif
 
