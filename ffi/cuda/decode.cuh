@@ -52,7 +52,10 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   return ToFloat(*reinterpret_cast<const T*>(&bits));
 }
 
-inline constexpr int kMaxThreads = 256;
+// Threads of a CTA, at most: as many as the registers serve (128 or 255 each).
+__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
+  return tile_n * tile_m <= 64 * 8 * team ? 512 : 256;
+}
 
 // Fills a warp's stages, each with one unit of K: StageBlocks blocks.
 template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
@@ -310,7 +313,7 @@ __device__ __forceinline__ void TeamBarrier(int team) {
 }
 
 template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros, int kParts>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -458,7 +461,7 @@ DecodeKernelPointer KernelForParts(int parts) {
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
 #define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                                       \
-  static_assert(WARPS * 32 <= kMaxThreads && WARPS % TEAM == 0 && (SPLIT & (SPLIT - 1)) == 0); \
+  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && (SPLIT & (SPLIT - 1)) == 0); \
   if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES)                    \
     return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)                        \
                      : KernelForParts<T, N, M, TEAM, STAGES, false>(parts);
