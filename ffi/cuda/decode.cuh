@@ -57,121 +57,138 @@ __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
   return tile_n * tile_m <= 64 * 8 * team ? 512 : 256;
 }
 
-// Fills a warp's stages, each with one unit of K: StageBlocks blocks.
+// Fills a team's stages, each with one unit of K (StageBlocks blocks), in order: the units `first`,
+// first + step, ...
 template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
 class StageLoader {
  public:
-  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int thread)
+  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int thread,
+                                         int first, int step)
       : p_(p),
         thread_(thread),
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
-        row_blocks_(p.blocks_n - n0 / kBlockN - thread / 32),
+        row_blocks_(p.blocks_n - n0 / kBlockN),
         policy_(EvictFirstPolicy()),
-        weights_(reinterpret_cast<const char*>(p.qweight) +
+        k0_(first * kUnitK),
+        step_(step * kUnitK),
+        block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
+        weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
                  static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
-        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0) * p.k) {}
+        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0 + thread / kChunks) * p.k + k0_ +
+           thread % kChunks * 8) {}
 
-  // Starts the copies, as one group.
-  __device__ __forceinline__ void Load(uint32_t stage, int unit) const {
-    const int k0 = unit * kUnitK;
-    const char* weights =
-        weights_ + static_cast<int64_t>(unit * kBlocks) * p_.blocks_n * kBlockBytes;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; r += kTeam) {
-        CopyAsync(stage + (b * kRowBlocks + r) * kBlockBytes + 16 * thread_,
-                  weights + r * kBlockBytes, r < row_blocks_ && (b == 0 || k0 + b * kBlockK < p_.k),
-                  policy_);
-      }
-      weights += static_cast<int64_t>(p_.blocks_n) * kBlockBytes;
-    }
-    const uint32_t x_stage = stage + kBlocks * kRowBlocks * kBlockBytes;
-    const uint32_t scale_stage = x_stage + p_.x_rows * kXRowBytes;
+  // Starts the copies of the next unit, as one group.
+  __device__ __forceinline__ void Load(uint32_t stage) {
+    LoadWeights(stage);
+    const uint32_t x_stage = stage + kBlocks * kTileBlocks * kBlockBytes;
+    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kTileM);
     if (!kGeneral || p_.x_aligned) {
-      LoadX(x_stage, k0);
+      LoadX(x_stage);
     } else {
-      LoadXUnaligned(x_stage, k0);
+      LoadXUnaligned(x_stage);
     }
     if (!kGeneral || p_.n_aligned) {
-      LoadScales(scale_stage, k0);
+      LoadScales(scale_stage);
     } else {
-      LoadScalesUnaligned(scale_stage, k0);
+      LoadScalesUnaligned(scale_stage);
     }
+    k0_ += step_;
+    weights_ += step_ / kBlockK * block_row_bytes_;
+    x_ += step_;
   }
 
  private:
   static constexpr int kThreads = 32 * kTeam;
   static constexpr int kBlocks = StageBlocks(kTileM);
   static constexpr int kUnitK = kBlocks * kBlockK;
-  static constexpr int kRowBlocks = kTileN / kBlockN;
-  static constexpr int kXRowBytes = 2 * kUnitK;
+  static constexpr int kTileBlocks = kTileN / kBlockN;
+  static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
   static constexpr bool kGeneral = kParts == 2 * kBlocks;
   static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
 
-  static __device__ __forceinline__ uint32_t XOffset(int row, int chunk) {
-    return row * kXRowBytes + 16 * (chunk ^ (row & 7));
-  }
-
-  __device__ __forceinline__ void LoadX(uint32_t dst, int k0) const {
-    constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a row
-    const int chunk = thread_ % kChunks, k = k0 + 8 * chunk;
-    const bool valid = k < p_.k;  // else zeros, from an address that is not read
-    const T* x = x_ + static_cast<int64_t>(thread_ / kChunks) * p_.k + k;
+  __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
+    const uint32_t dst = stage + 16 * thread_;
+    if (row_blocks_ >= kTileBlocks && k0_ + kUnitK <= p_.k) {
 #pragma unroll
-    for (int first = 0; first < kTileM; first += kThreads / kChunks) {
-      const int row = first + thread_ / kChunks;
-      CopyAsyncShared(dst + XOffset(row, chunk), x + static_cast<int64_t>(first) * p_.k,
-                      row < rows_, valid);
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < kTileBlocks; r += kTeam)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
+    } else {
+      const int row_blocks = row_blocks_ - thread_ / 32;
+#pragma unroll 1
+      for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
+#pragma unroll 1
+        for (int r = 0; r < kTileBlocks && r < row_blocks; r += kTeam)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
     }
   }
 
-  __device__ __forceinline__ void LoadXUnaligned(uint32_t dst, int k0) const {
+  __device__ __forceinline__ void LoadX(uint32_t dst) const {
+    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
+    const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
+    dst += row * XRowBytes(kTileM) + 16 * chunk;
+#pragma unroll
+    for (int first = 0; first < kTileM; first += kThreads / kChunks)
+      CopyAsyncShared(dst + first * XRowBytes(kTileM), x_ + static_cast<int64_t>(first) * p_.k,
+                      first + row < rows_, valid);
+  }
+
+  __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
+    // From the first of the rows, where aligned copies begin at this thread's chunk.
+    const T* x = x_ - static_cast<int64_t>(thread_ / kChunks) * p_.k - thread_ % kChunks * 8;
     for (int i = thread_; i < rows_ * kUnitK; i += kThreads) {
       const int row = i / kUnitK, k = i % kUnitK;
       uint16_t v = 0;
-      if (k0 + k < p_.k)
-        v = reinterpret_cast<const uint16_t*>(x_)[static_cast<int64_t>(row) * p_.k + k0 + k];
-      StoreShared16(dst + XOffset(row, k / 8) + k % 8 * 2, v);
+      if (k0_ + k < p_.k)
+        v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
+      StoreShared16(dst + row * XRowBytes(kTileM) + 2 * k, v);
     }
   }
 
   // From column n0_ on, the scales (row < kParts) or zeros of part row % kParts.
-  __device__ __forceinline__ const T* ScaleSource(int row, int k0) const {
+  __device__ __forceinline__ const T* ScaleSource(int row) const {
     const int part = row % kParts;
     // The last unit may reach past K.
-    const int k = part == 0 ? k0 : min(k0 + part * (kUnitK / kParts), p_.k - 1);
+    const int k = part == 0 ? k0_ : min(k0_ + part * (kUnitK / kParts), p_.k - 1);
     const int group =
         static_cast<int>(static_cast<uint64_t>(k) * p_.group_multiplier >> 32) >> p_.group_shift;
     return static_cast<const T*>(row < kParts ? p_.scales : p_.zeros) +
            static_cast<int64_t>(group) * p_.n + n0_;
   }
 
-  __device__ __forceinline__ void LoadScales(uint32_t dst, int k0) const {
-    constexpr int kChunks = kTileN / 8;  // of 16 bytes, in a row
+  __device__ __forceinline__ void LoadScales(uint32_t dst) const {
+    constexpr int kRowChunks = kTileN / 8;  // of 16 bytes
 #pragma unroll
-    for (int i = 0; i < kScaleRows * kChunks; i += kThreads) {
+    for (int i = 0; i < kScaleRows * kRowChunks; i += kThreads) {
       const int idx = i + thread_;
-      const int row = idx / kChunks, n = idx % kChunks * 8;
-      CopyAsync(dst + 16 * idx, ScaleSource(row, k0) + n,
-                idx < kScaleRows * kChunks && n0_ + n < p_.n);
+      const int row = idx / kRowChunks, n = idx % kRowChunks * 8;
+      if (idx < kScaleRows * kRowChunks && n0_ + n < p_.n)
+        CopyAsync(dst + 16 * idx, ScaleSource(row) + n);
     }
   }
 
-  __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst, int k0) const {
+  __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst) const {
     for (int idx = thread_; idx < kScaleRows * kTileN; idx += kThreads) {
       const int row = idx / kTileN, n = idx % kTileN;
       if (n0_ + n < p_.n)
-        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row, k0))[n]);
+        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row))[n]);
     }
   }
 
   const DecodeParams& p_;
   const int thread_, n0_, rows_, row_blocks_;
   const uint64_t policy_;
-  const char* const weights_;
-  const T* const x_;
+  int k0_;
+  const int step_;
+  const int64_t block_row_bytes_;
+  const char* weights_;
+  const T* x_;
 };
 
 // With few tokens sum(x) costs less than subtracting 8 from every code.
@@ -183,9 +200,7 @@ __host__ __device__ constexpr bool UsesAffineCodes(int tile_m, bool zeros) {
 // of the tile times tokens 8 j .. .
 template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
 __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_rows,
-                                              const uint32_t (&x_address)[kTileM / 8],
-                                              const bool (&x_exists)[kTileM / 8],
-                                              uint32_t zero_chunk, int lane,
+                                              const uint32_t (&x_offset)[kTileM / 8], int lane,
                                               float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -200,7 +215,8 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
   const uint32_t words_address = stage + member * (kRowBlocks * kBlockBytes) + 16 * lane;
-  const uint32_t scale_address = stage + kBlocks * (kTileBlocks * kBlockBytes + x_rows * kBlockK * 2) +
+  const uint32_t scale_address = stage + kBlocks * kTileBlocks * kBlockBytes +
+                                 x_rows * XRowBytes(kTileM) +
                                  2 * (member * kRowBlocks * kBlockN + lane / 4);
 
   // Parts are outermost, so that x and its sums live for one part alone.
@@ -213,13 +229,12 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
       for (int s = 0; s < kSteps; s += 2) {
         const int i = (part * kSteps + s) / 2;
         uint32_t v[4];
-        LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (i % 2 * 64)) + i / 2 * 128 : zero_chunk,
-                    v);
+        LoadMatrix4(stage + x_offset[j] + 64 * i, v);
         x[j][s][0] = v[0], x[j][s][1] = v[1];
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
-    float sum[kTokenBlocks][kChains][4] = {};
+    float sum[kTokenBlocks][kChains][4] = {}, minus[kTokenBlocks][4];
 #pragma unroll
     for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
       constexpr int kWords = kSteps < 4 ? kSteps : 4;  // read at a time
@@ -230,15 +245,18 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
         for (int s = 0; s < kSteps; s += kWords) {
           const int b = (part * kSteps + s) / 4, first = (part * kSteps + s) % 4;
           LoadSharedWords(words_address + (b * kTileBlocks + r0 + r) * kBlockBytes + 4 * first,
-                          *reinterpret_cast<uint32_t(*)[kWords]>(&words[r][s]));
+                          *reinterpret_cast<uint32_t (*)[kWords]>(&words[r][s]));
         }
       }
       float partial[kRows][kChains][kTokenBlocks][4] = {};
+      // Without zero points every row subtracts the same: all but the first begin with it.
+      const bool begun = kAffine && !kZeros && r0 > 0;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
-          if (kAffine && r0 == 0) Mma<T>(sum[j][s % kChains], kOnes, x[j][s][0], x[j][s][1]);
+          if (kAffine && r0 == 0)
+            Mma<T>(sum[j][s % kChains], kOnes, x[j][s][0], x[j][s][1], sum[j][s % kChains]);
         }
 #pragma unroll
         for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
@@ -250,19 +268,22 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
           }
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)
-            Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1]);
+            Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1],
+                   begun && s == 0 ? minus[j] : partial[r][s % kChains][j]);
         }
       }
-      if constexpr (kAffine && kChains == 2) {
 #pragma unroll
-        for (int c = 0; r0 == 0 && c < 4; ++c) sum[0][0][c] += sum[0][1][c];
+      for (int i = 0; kAffine && r0 == 0 && i < kTokenBlocks * 4; ++i) {
+        float& of = sum[i / 4][0][i % 4];
+        if constexpr (kChains == 2) of += sum[i / 4][1][i % 4];
+        minus[i / 4][i % 4] = -(kSymmetricZero + D::kOffset) * of;
       }
 #pragma unroll
       for (int i = 0; i < 2 * kRows && r0 + i / 2 < kRowBlocks; ++i) {
         const int r = i / 2, half = i % 2;
         const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
         const float scale = LoadSharedFloat<T>(row);
-        float zero = kSymmetricZero + D::kOffset;
+        float zero = 0;
         if constexpr (kZeros) zero = LoadSharedFloat<T>(row + 2 * kParts * kTileN) + D::kOffset;
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
@@ -270,7 +291,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
           for (int c = 2 * half; c < 2 * half + 2; ++c) {
             float v = partial[r][0][j][c];
             if constexpr (kChains == 2) v += partial[r][1][j][c];
-            if constexpr (kAffine) v = fmaf(-zero, sum[j][0][c], v);
+            if (kAffine && !begun) v = kZeros ? fmaf(-zero, sum[j][0][c], v) : v + minus[j][c];
             acc[r0 + r][j][c] = fmaf(scale, v, acc[r0 + r][j][c]);
           }
         }
@@ -343,11 +364,11 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   const uint32_t ring_address = SharedAddress(ring);
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
-  const StageLoader<T, kTileN, kTileM, kTeam, kZeros, kParts> loader(p, n0, m0, thread);
+  StageLoader<T, kTileN, kTileM, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first, num_teams);
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) {
     const int unit = first + s * num_teams;
-    if (unit < end) loader.Load(ring_address + s * p.stage_bytes, unit);
+    if (unit < end) loader.Load(ring_address + s * p.stage_bytes);
     CopyAsyncCommit();
   }
 
@@ -359,23 +380,20 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   const uint32_t received = SharedAddress(shared) + kBarrierBytes;
   if (log2_split > 0) {
     if (threadIdx.x == 0) {
-      MbarrierInit(SharedAddress(shared), split * rows * ((kQuads - rank + split - 1) >> log2_split) * 16);
+      MbarrierInit(SharedAddress(shared),
+                   split * rows * ((kQuads - rank + split - 1) >> log2_split) * 16);
     }
     ClusterArriveRelaxed();
   }
 #endif
 
-  const uint32_t zero_chunk = ring_address + p.team_bytes - kZeroBytes * (kTeam - member);
-  if (lane < kZeroBytes / 4) StoreShared32(zero_chunk + 4 * lane, 0);
-  uint32_t x_address[kTokenBlocks];
-  bool x_exists[kTokenBlocks];
+  // Where a lane's rows of x lie in a stage. What stands for a token that does not exist matters
+  // to no other.
+  uint32_t x_offset[kTokenBlocks];
 #pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j) {
-    const int row = 8 * j + lane % 8;
-    x_exists[j] = row < rows;
-    x_address[j] =
-        kBlocks * (kTileBlocks * kBlockBytes + row * kBlockK * 2) + 16 * ((lane / 8) ^ (lane % 8));
-  }
+  for (int j = 0; j < kTokenBlocks; ++j)
+    x_offset[j] = kBlocks * kTileBlocks * kBlockBytes +
+                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kTileM) + 16 * (lane / 8);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
@@ -383,11 +401,11 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   for (int unit = first; unit < end; unit += num_teams) {
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
-    MultiplyStage<T, kTileN, kTileM, kTeam, kZeros, kParts>(stage, member, p.x_rows, x_address,
-                                                            x_exists, zero_chunk, lane, acc);
+    MultiplyStage<T, kTileN, kTileM, kTeam, kZeros, kParts>(stage, member, p.x_rows, x_offset, lane,
+                                                            acc);
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
     const int next = unit + kStages * num_teams;
-    if (next < end) loader.Load(stage, next);
+    if (next < end) loader.Load(stage);
     CopyAsyncCommit();
     stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
   }
@@ -460,10 +478,11 @@ DecodeKernelPointer KernelForParts(int parts) {
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                                       \
-  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && (SPLIT & (SPLIT - 1)) == 0); \
-  if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES)                    \
-    return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)                        \
+#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                   \
+  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 &&  \
+                (SPLIT & (SPLIT - 1)) == 0);                                  \
+  if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES) \
+    return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)     \
                      : KernelForParts<T, N, M, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_CUTLASS(...)

@@ -19,27 +19,20 @@ __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   return policy;
 }
 
-// Asynchronous copies of 16 bytes, global -> shared, made only if `wanted`: predicated, because the
-// compiler would make each a branch of its own.
-__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
-      "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}" ::"r"(dst),
-      "l"(src), "r"(static_cast<int>(wanted))
-      : "memory");
+// Asynchronous copies of 16 bytes, global -> shared.
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 
-__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted,
-                                          uint64_t policy) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
-      "@p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n\t}" ::"r"(dst),
-      "l"(src), "r"(static_cast<int>(wanted)), "l"(policy)
-      : "memory");
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+               "l"(policy)
+               : "memory");
 }
 
-// Through L1, where other CTAs of the SM may find the data again. Writes zeros, and reads nothing,
-// unless `exists`.
+// Through L1, where other CTAs of the SM may find the data again. Made only if `wanted`
+// (predicated, because the compiler would make each a branch of its own); writes zeros, and reads
+// nothing, unless `exists`.
 __device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src, bool wanted,
                                                 bool exists) {
   asm volatile(
@@ -95,10 +88,6 @@ __device__ __forceinline__ void StoreShared16(uint32_t address, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 
-__device__ __forceinline__ void StoreShared32(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-
 // Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
 __device__ __forceinline__ void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -112,27 +101,29 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t address, uint32_t (&d)[4]) 
                : "memory");
 }
 
-// d += a b: a 16x16, b 16x8, d 16x8 in float32.
+// d = a b + c: a 16x16, b 16x8, c and d 16x8 in float32.
 template <typename T>
-__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1);
+__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    const float (&c)[4]);
 
 template <>
 __device__ __forceinline__ void Mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                            uint32_t b1) {
+                                            uint32_t b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 
 template <>
 __device__ __forceinline__ void Mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
-                                                   uint32_t b0, uint32_t b1) {
+                                                   uint32_t b0, uint32_t b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
