@@ -46,6 +46,8 @@
 
 namespace w4a16 {
 
+__host__ __device__ constexpr int CeilLog2(int v) { return v > 1 ? 1 + CeilLog2((v + 1) / 2) : 0; }
+
 template <typename T>
 __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   const uint16_t bits = LoadShared16(address);
@@ -300,26 +302,48 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
   }
 }
 
-// out[n .. n + 3] of one token.
-template <typename Out, typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum) {
-  const T* bias = static_cast<const T*>(p.bias);
-  Out* out = static_cast<Out*>(p.out) + static_cast<int64_t>(m) * p.n + n;
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+__device__ __forceinline__ void Add(float4& a, const float4& b) {
+  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+}
+
+// The sum of `count` quads, `stride` bytes apart in shared memory.
+__device__ __forceinline__ float4 SumQuads(const char* first, int stride, int count) {
+  float4 sum = *reinterpret_cast<const float4*>(first);
+#pragma unroll 4
+  for (int i = 1; i < count; ++i) Add(sum, *reinterpret_cast<const float4*>(first + i * stride));
+  return sum;
+}
+
+// `left` of 4 neighbours; `aligned`: all of them or none, at a multiple of their size.
+template <typename Out>
+__device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int left, bool aligned) {
   alignas(16) Out values[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float b = bias != nullptr && n + i < p.n ? ToFloat(bias[n + i]) : 0.0f;
-    values[i] = FromFloat<Out>(fmaf(p.alpha, sums[i], b));
-  }
-  if (p.n % 4 == 0) {
+  for (int i = 0; i < 4; ++i) values[i] = FromFloat<Out>(v[i]);
+  if (aligned) {
     using Vector = std::conditional_t<sizeof(Out) == 4, float4, uint2>;
-    if (n < p.n) *reinterpret_cast<Vector*>(out) = *reinterpret_cast<const Vector*>(values);
+    if (left > 0) *reinterpret_cast<Vector*>(out) = *reinterpret_cast<const Vector*>(values);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (n + i < p.n) out[i] = values[i];
+      if (i < left) out[i] = values[i];
     }
+  }
+}
+
+// out[n .. n + 3] of token m.
+template <typename T>
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum) {
+  const T* bias = static_cast<const T*>(p.bias);
+  float v[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    v[i] = fmaf(p.alpha, v[i], bias != nullptr && n + i < p.n ? ToFloat(bias[n + i]) : 0.0f);
+  const int64_t at = static_cast<int64_t>(m) * p.n + n;
+  if (p.out_float32) {
+    StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
+  } else {
+    StoreQuad(static_cast<T*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
   }
 }
 
@@ -373,16 +397,15 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   }
 
   const int rows = min(p.x_rows, p.m - m0);
-  constexpr int kQuads = kTileN / 4;  // outputs go in quads: 4 columns of one token
+  // Outputs go in quads: 4 columns of one token.
+  constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
 #if __CUDA_ARCH__ >= 900
   // Every split-th quad of a token is this CTA's to sum.
   const int share = QuadsShare(kTileN, split);
-  const uint32_t received = SharedAddress(shared) + kBarrierBytes;
+  const uint32_t barrier = SharedAddress(shared), received = barrier + kBarrierBytes;
   if (log2_split > 0) {
-    if (threadIdx.x == 0) {
-      MbarrierInit(SharedAddress(shared),
-                   split * rows * ((kQuads - rank + split - 1) >> log2_split) * 16);
-    }
+    const int quads = (kQuads - rank + split - 1) >> log2_split;
+    if (threadIdx.x == 0) MbarrierInit(barrier, split * rows * quads * 16);
     ClusterArriveRelaxed();
   }
 #endif
@@ -429,43 +452,32 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
 #endif
   __syncthreads();  // invariant 4
 
-  const auto store = [&](int token, int quad, float4 sum) {
-    if (p.out_float32) {
-      StoreOut<float, T>(p, m0 + token, n0 + 4 * quad, sum);
-    } else {
-      StoreOut<T, T>(p, m0 + token, n0 + 4 * quad, sum);
-    }
-  };
-  const auto add = [](float4& a, const float4& b) {
-    a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
-  };
-  for (int idx = threadIdx.x; idx < rows * kQuads; idx += blockDim.x) {
-    const int token = idx / kQuads, quad = idx % kQuads;
-    const char* part = partials + 4 * (token * kStride + 4 * quad);
-    float4 sum = *reinterpret_cast<const float4*>(part);
-    for (int t = 1; t < num_teams; ++t)
-      add(sum, *reinterpret_cast<const float4*>(part + t * p.team_bytes));
-    if (log2_split == 0) {
-      store(token, quad, sum);
-      continue;
-    }
+  // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of
+  // them.
+  const char* terms = partials;
+  int num_terms = num_teams, term_bytes = p.team_bytes, token_bytes = 4 * kStride;
 #if __CUDA_ARCH__ >= 900
-    const int at = (rank * kTileM + token) * share + (quad >> log2_split);
-    SendCluster(received + 16 * at, SharedAddress(shared), quad & (split - 1), sum);
-#endif
+  if (log2_split > 0) {
+    for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
+      const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
+      if (quad >= kQuads) continue;
+      const int at = (rank * kTileM + token) * share + (quad >> log2_split);
+      SendCluster(received + 16 * at, barrier, quad & (split - 1),
+                  SumQuads(terms + token * token_bytes + 16 * quad, term_bytes, num_terms));
+    }
+    MbarrierWaitFirst(barrier);  // invariant 6
+    terms = shared + kBarrierBytes;
+    num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
-#if __CUDA_ARCH__ >= 900
-  if (log2_split == 0) return;
-  MbarrierWaitFirst(SharedAddress(shared));  // invariant 6
-  for (int idx = threadIdx.x; idx < rows * share; idx += blockDim.x) {
-    const int token = idx / share, quad = (idx % share << log2_split) + rank;
+#endif
+  const int log2_quads = kLog2Quads - log2_split;
+  for (int idx = threadIdx.x; idx < rows << log2_quads; idx += blockDim.x) {
+    const int token = idx >> log2_quads, i = idx & ((1 << log2_quads) - 1);
+    const int quad = (i << log2_split) + rank;
     if (quad >= kQuads) continue;
-    const float4* part = reinterpret_cast<const float4*>(shared + kBarrierBytes) + idx;
-    float4 sum = part[0];
-    for (int s = 1; s < split; ++s) add(sum, part[s * kTileM * share]);
-    store(token, quad, sum);
+    StoreOut<T>(p, m0 + token, n0 + 4 * quad,
+                SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
   }
-#endif
 }
 
 template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros>
@@ -478,11 +490,11 @@ DecodeKernelPointer KernelForParts(int parts) {
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                   \
-  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 &&  \
-                (SPLIT & (SPLIT - 1)) == 0);                                  \
-  if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES) \
-    return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)     \
+#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                                    \
+  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
+                (SPLIT & (SPLIT - 1)) == 0);                                                   \
+  if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES)                  \
+    return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)                      \
                      : KernelForParts<T, N, M, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_CUTLASS(...)
