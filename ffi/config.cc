@@ -11,15 +11,15 @@ namespace {
 constexpr Config kConfigs[] = {
 #define W4A16_COSTS(START, STEP, TILE, FILL) \
   .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, .fill = FILL##f
-#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                   \
+#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                     \
   {.name = "decode_" #N "x" #M "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kDecode,                                                 \
-   .tile_n = N,                                                               \
-   .tile_m = M,                                                               \
-   .warps = WARPS,                                                            \
-   .team = TEAM,                                                              \
-   .stages = STAGES,                                                          \
-   .split_k = SPLIT,                                                          \
+   .family = Family::kDecode,                                                   \
+   .tile_n = N,                                                                 \
+   .tile_m = M,                                                                 \
+   .warps = WARPS,                                                              \
+   .team = TEAM,                                                                \
+   .stages = STAGES,                                                            \
+   .split_k = SPLIT,                                                            \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)           \
   {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
@@ -117,7 +117,8 @@ bool IsInvariantDecode(const Config& config) {
 // the configuration, so there is only one.
 bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& config) {
   if (HopperRefusal(p, compute_capability) == nullptr)
-    return config.family == Family::kWgmma && config.split_k == 1;
+    return (config.family == Family::kWgmma && config.split_k == 1) ||
+           config.family == Family::kPersistent;
   return IsInvariantDecode(config);
 }
 

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "problem.h"
+#include "schedule.h"
 
 namespace w4a16 {
 
@@ -17,9 +18,7 @@ enum class Family {
   kCutlass,     // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a
 };
 
-enum class Schedule { kNone, kCooperative, kPingpong };
-
-enum class Scheduler { kDataParallel, kStreamK };
+const char* FamilyName(Family family);
 
 // Tiles are (N, M) = (weight rows, tokens): every kernel computes the transposed product w^T x^T.
 struct Config {

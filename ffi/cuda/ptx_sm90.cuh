@@ -67,8 +67,7 @@ __device__ inline void MbarrierArriveExpectTx(uint32_t barrier, uint32_t bytes) 
 
 // Arrives at a barrier of any CTA of the cluster, named by MapShared.
 __device__ inline void MbarrierArriveCluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Waits for the phase of the given parity to complete.
