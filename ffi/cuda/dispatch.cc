@@ -45,7 +45,7 @@ Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaSt
     case Family::kPersistent:
       return RunPersistent(p, o, *config, device.num_sms, stream);
     case Family::kCutlass:
-      return RunCutlass(p, o, *config, stream);
+      return RunCutlass(p, o, *config, device.num_sms, stream);
   }
   return Status::Internal(std::string(config->name) + ": unknown family");
 }
