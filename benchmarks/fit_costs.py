@@ -53,13 +53,10 @@ def persistent_waves(config: dict, tiles: int, steps: int) -> float:
     """Waves, in whole tiles: the twin of SchedulePersistent in gemm_persistent.h."""
     clusters = SMS // config["cluster_n"]
     whole, rest = divmod(tiles // config["cluster_n"], clusters)
-    if rest == 0 or config["tile_m"] != 256:
-        return whole + (rest > 0)
-    runs = clusters / rest
-    waves = [1, 0.56 * ceil_div(2 * rest, clusters)]
-    if rest * steps >= clusters:
-        waves.append(1 / runs + (2 + 2 * runs) / steps)
-    return whole + min(waves)
+    waves = whole + (rest > 0)
+    if rest * steps < clusters:
+        return waves
+    return min(waves, whole + rest / clusters + (2 + 2 * clusters / rest) / steps)
 
 
 def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
