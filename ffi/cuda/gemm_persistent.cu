@@ -30,7 +30,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
 
   const int cluster = config.cluster_n;
   const PersistentSchedule schedule = SchedulePersistent(p, config, num_sms);
-  if (schedule.whole_units + schedule.clusters > INT_MAX)
+  if ((CeilDiv(schedule.whole_units, schedule.clusters) + 1) * BlocksK(p.k) > INT_MAX ||
+      schedule.whole_units + schedule.clusters > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles");
 
   const bool streams = schedule.streamed_blocks > 0;

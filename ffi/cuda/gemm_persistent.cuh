@@ -41,7 +41,7 @@
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
 //   group_size a multiple of 64, or at least K                   CanImplement
 //   pointers aligned to 16 bytes                                 CheckOperands
-//   number of units fits 31 bits                                 RunPersistent
+//   number of a CTA's blocks fits 31 bits                        RunPersistent
 //
 // Synchronisation
 //   S1  full[s]: completes when the bytes that this CTA's producer announced for stage s have
@@ -53,9 +53,8 @@
 //   S3  A registers: the two buffers alternate. A buffer is rewritten only after a wait that leaves
 //       no wgmmas but those of the other buffer in flight.
 //   S4  Staging memory is rewritten only after the thread that starts a warpgroup's stores has
-//   waited
-//       for the last ones to be read (named barrier 1 + warpgroup); what was staged is fenced to
-//       the async proxy before that barrier's next phase, behind which the stores start.
+//       waited for the last ones to be read (named barrier 1 + warpgroup); what was staged is
+//       fenced to the async proxy before that barrier's next phase, behind which the stores start.
 //   S5  No CTA exits before the last cluster barrier: others arrive at its barriers until then.
 //   S6  Sums: a warpgroup's threads write them, then (named barrier) one of them releases the flag;
 //       one thread of the receiver acquires it, then (named barrier) all of them read. A receiver
