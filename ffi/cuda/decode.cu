@@ -11,7 +11,7 @@ namespace w4a16 {
 Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return {};
   const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
-  DecodeKernelPointer kernel = find(config, p.has_zeros, StageParts(p, config.tile_m));
+  DecodeKernelPointer kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
   if (kernel == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
 
   const DecodeSharedMemory shared = SharedMemoryOfDecode(p, config);
