@@ -55,9 +55,9 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
 }
 
 // Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread.
-__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int blocks, int team) {
-  const int rows = tile_n / team, fit = blocks == 1 ? 112 : 80;  // of a warp
-  return rows * tile_m <= fit * 8 ? 512 : rows * tile_m <= fit * 16 ? 384 : 256;
+__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
+  const int outputs = tile_n * tile_m / team;  // of a warp
+  return outputs <= 80 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
 // Fills a team's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
@@ -72,6 +72,7 @@ class StageLoader {
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
         row_blocks_(p.blocks_n - n0 / kBlockN),
+        whole_tile_(row_blocks_ >= kTileBlocks),
         policy_(EvictFirstPolicy()),
         k0_(first * kUnitK),
         step_(step * kUnitK),
@@ -111,7 +112,7 @@ class StageLoader {
 
   __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
     const uint32_t dst = stage + 16 * thread_;
-    if (row_blocks_ >= kTileBlocks && k0_ + kUnitK <= p_.k) {
+    if (whole_tile_ && k0_ + kUnitK <= p_.k) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -133,12 +134,20 @@ class StageLoader {
 
   __device__ __forceinline__ void LoadX(uint32_t dst) const {
     const int row = thread_ / kChunks, chunk = thread_ % kChunks;
-    const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
+    constexpr int kPass = kThreads / kChunks;  // rows copied at a time
+    const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
+    const char* x = reinterpret_cast<const char*>(x_);
     dst += row * XRowBytes(kBlocks) + 16 * chunk;
+    if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
 #pragma unroll
-    for (int first = 0; first < kTileM; first += kThreads / kChunks)
-      CopyAsyncShared(dst + first * XRowBytes(kBlocks), x_ + static_cast<int64_t>(first) * p_.k,
-                      first + row < rows_, valid);
+      for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
+        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x);
+    } else {
+      const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
+#pragma unroll
+      for (int i = 0; i * kPass < kTileM; ++i, x += pass_bytes)
+        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, i * kPass + row < rows_, valid);
+    }
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
@@ -158,9 +167,8 @@ class StageLoader {
     const int part = row % kParts;
     // The last unit may reach past K.
     const int k = part == 0 ? k0_ : min(k0_ + part * (kUnitK / kParts), p_.k - 1);
-    const int group =
-        static_cast<int>(static_cast<uint64_t>(k) * p_.group_multiplier >> 32) >> p_.group_shift;
-    return static_cast<const T*>(row < kParts ? p_.scales : p_.zeros) +
+    const int group = static_cast<int>(__umulhi(k, p_.group_multiplier) >> p_.group_shift);
+    return static_cast<const T*>(!kZeros || row < kParts ? p_.scales : p_.zeros) +
            static_cast<int64_t>(group) * p_.n + n0_;
   }
 
@@ -185,6 +193,7 @@ class StageLoader {
 
   const DecodeParams& p_;
   const int thread_, n0_, rows_, row_blocks_;
+  const bool whole_tile_;
   const uint64_t policy_;
   int k0_;
   const int step_;
@@ -193,9 +202,9 @@ class StageLoader {
   const T* x_;
 };
 
-// With few tokens sum(x) costs less than subtracting 8 from every code.
-__host__ __device__ constexpr bool UsesAffineCodes(int tile_m, bool zeros) {
-  return zeros || tile_m <= 16;
+// Where a warp has rows enough to share it, sum(x) costs less than subtracting 8 from every code.
+__host__ __device__ constexpr bool UsesAffineCodes(int rows, int tile_m, bool zeros) {
+  return zeros || rows > 2 * tile_m;
 }
 
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
@@ -208,7 +217,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kRowBlocks = kTileBlocks / kTeam;  // this warp's
   constexpr int kSteps = 4 * kBlocks / kParts;     // mma steps in a part
-  constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
+  constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
   constexpr int kRows = 2;
@@ -358,7 +367,7 @@ __device__ __forceinline__ void TeamBarrier(int team) {
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
           int kParts>
-__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kBlocks, kTeam), 1)
+__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -378,11 +387,10 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kBlocks, kTeam), 1)
 
   // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
-  const int units = (p.blocks_k + kBlocks - 1) / kBlocks;
-  const int first = (units * rank >> log2_split) + team;
-  const int end = units * (rank + 1) >> log2_split;
+  const int first = (p.units * rank >> log2_split) + team;
+  const int end = p.units * (rank + 1) >> log2_split;
 
-  char* const partials = shared + ReceivedBytes(kTileN, kTileM, split);
+  char* const partials = shared + p.received_bytes;
   char* const ring = partials + team * p.team_bytes;
   const uint32_t ring_address = SharedAddress(ring);
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
@@ -401,11 +409,15 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kBlocks, kTeam), 1)
   constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
 #if __CUDA_ARCH__ >= 900
   // Every split-th quad of a token is this CTA's to sum.
-  const int share = QuadsShare(kTileN, split);
+  const int share = (kQuads + split - 1) >> log2_split;
   const uint32_t barrier = SharedAddress(shared), received = barrier + kBarrierBytes;
   if (log2_split > 0) {
     const int quads = (kQuads - rank + split - 1) >> log2_split;
-    if (threadIdx.x == 0) MbarrierInit(barrier, split * rows * quads * 16);
+    if (threadIdx.x == 0) {
+      MbarrierInit(barrier);
+      FenceMbarrierInit();
+      MbarrierExpect(barrier, split * rows * quads * 16);
+    }
     ClusterArriveRelaxed();
   }
 #endif
@@ -435,7 +447,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kBlocks, kTeam), 1)
     stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
   }
 
-  constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
+  constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
   constexpr int kStride = PartialStride(kTileN);
   float* const partial =
       reinterpret_cast<float*>(ring) + member * (kRowBlocks * kBlockN) + lane / 4;
@@ -467,7 +479,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kBlocks, kTeam), 1)
       SendCluster(received + 16 * at, barrier, quad & (split - 1),
                   SumQuads(terms + token * token_bytes + 16 * quad, term_bytes, num_terms));
     }
-    MbarrierWaitFirst(barrier);  // invariant 6
+    MbarrierWait(barrier, 0);  // invariant 6
     terms = shared + kBarrierBytes;
     num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
@@ -494,7 +506,7 @@ DecodeKernelPointer KernelForParts(int parts) {
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
 #define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                            \
-  static_assert(WARPS * 32 <= MaxThreads(N, M, BLOCKS, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
+  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
                 (SPLIT & (SPLIT - 1)) == 0);                                                   \
   if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                \
       c.stages == STAGES)                                                                      \

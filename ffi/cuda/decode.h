@@ -14,13 +14,15 @@ struct DecodeParams {
   const void* bias;  // nullptr: none
   void* out;
   int m, n, k;
-  int blocks_n, blocks_k;
+  int blocks_n;
+  int units;  // of K, each of a stage
   int tiles_m;
   int log2_split_k;
   uint32_t group_multiplier;  // k / group_size == (k * group_multiplier) >> (32 + group_shift)
   int group_shift;
   // Shared memory:
-  int x_rows;       // rows of x that a stage holds: min(M, tile_m)
+  int x_rows;  // rows of x that a stage holds: min(M, tile_m)
+  int received_bytes;
   int stage_bytes;  // one team's stage
   int team_bytes;   // one team's ring of stages, later its partial tile
   bool x_aligned;   // rows of x begin at multiples of 16 bytes
