@@ -95,7 +95,7 @@ def test_small_m_decodes_and_large_m_uses_wgmma():
 
 
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, (100, 200), (96, 100), (12, 64)])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90])
 def test_batch_invariant_choices_share_one_order(n, k, capability):
     configs = {c["name"]: c for c in _w4a16.configs()}
     device = {"compute_capability": capability, "num_sms": 132}
