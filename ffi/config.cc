@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cuda/decode.h"
+#include "cuda/gemm_persistent.h"
 
 namespace w4a16 {
 namespace {
@@ -30,6 +31,14 @@ constexpr Config kConfigs[] = {
    .stages = STAGES,                                    \
    .split_k = SPLIT,                                    \
    W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_PERSISTENT(N, M, STAGES, CLUSTER, ...)           \
+  {.name = "persistent_" #N "x" #M "_s" #STAGES "_c" #CLUSTER, \
+   .family = Family::kPersistent,                              \
+   .tile_n = N,                                                \
+   .tile_m = M,                                                \
+   .stages = STAGES,                                           \
+   .cluster_n = CLUSTER,                                       \
+   W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, ...)                  \
   {.name = "cutlass_" #N "x" #M "_c" #CN "x" #CM "_" #SCHEDULE "_" #SCHEDULER, \
    .family = Family::kCutlass,                                                 \
@@ -44,6 +53,7 @@ constexpr Config kConfigs[] = {
 #undef W4A16_COSTS
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
 };
 
@@ -65,6 +75,8 @@ const char* FamilyName(Family family) {
       return "decode";
     case Family::kWgmma:
       return "wgmma";
+    case Family::kPersistent:
+      return "persistent";
     case Family::kCutlass:
       return "cutlass";
   }
@@ -82,12 +94,46 @@ const Config* FindConfig(std::string_view name) {
   return nullptr;
 }
 
+namespace {
+
+// What Hopper's kernels ask of a problem: why none of them can serve, or null.
+const char* HopperRefusal(const Problem& p, int compute_capability) {
+  if (compute_capability != 90) return "compiled for compute capability 9.0 alone";
+  // TMA: row strides are multiples of 16 bytes.
+  if (p.n % 8 != 0) return "N is not a multiple of 8";
+  if (p.k % 8 != 0) return "K is not a multiple of 8";
+  if (p.m == 0 || p.n == 0 || p.k == 0) return "M, N or K is 0";
+  return nullptr;
+}
+
+// The configuration that serves a batch-invariant problem whatever M is, where Hopper's cannot.
+bool IsInvariantDecode(const Config& config) {
+  for (const Config& c : kConfigs) {
+    if (c.family == Family::kDecode && c.tile_m == 16 && c.split_k == 1) return &c == &config;
+  }
+  return false;
+}
+
+// Batch-invariant problems are left to configurations that all sum in one order. wgmma without
+// split-K adds up the steps of K one after the other, whatever the tile; decode's order depends on
+// the configuration, so there is only one.
+bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& config) {
+  if (HopperRefusal(p, compute_capability) == nullptr)
+    return (config.family == Family::kWgmma && config.split_k == 1) ||
+           config.family == Family::kPersistent;
+  return IsInvariantDecode(config);
+}
+
+}  // namespace
+
 Status CanImplement(const Problem& p, const Device& device, const Config& config) {
   const int cc = device.compute_capability;
   if (p.x_dtype == W4A16_F32)
     return Refuse(config, "x is float32; CUDA kernels take float16 or bfloat16");
   if (cc < 80)
     return Refuse(config, "needs compute capability 8.0 or later, got " + std::to_string(cc));
+  if (p.batch_invariant && !SumsInOneOrder(p, cc, config))
+    return Refuse(config, "sums in an order of its own; a batch-invariant result needs one order");
   if (config.family == Family::kDecode) {
     if (config.split_k > 1 && cc < 90)
       return Refuse(config, "split-K is a cluster, which needs compute capability 9.0 or later");
@@ -97,25 +143,23 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
                                 std::to_string(most));
     return {};
   }
-  if (cc != 90) return Refuse(config, "compiled for compute capability 9.0 alone");
-  // TMA: row strides are multiples of 16 bytes.
-  if (p.n % 8 != 0) return Refuse(config, "N is not a multiple of 8");
-  if (p.k % 8 != 0) return Refuse(config, "K is not a multiple of 8");
-  if (p.m == 0 || p.n == 0 || p.k == 0) return Refuse(config, "M, N or K is 0");
+  if (const char* why = HopperRefusal(p, cc); why != nullptr) return Refuse(config, why);
   if (config.family == Family::kCutlass) {
     if (p.k < kBlockK) return Refuse(config, "K is less than 64");
     if (p.has_zeros) return Refuse(config, "zero points are not compiled into the CUTLASS kernels");
     if (p.out_dtype != p.x_dtype) return Refuse(config, "float32 output is not compiled in");
-    if (p.group_size < p.k && p.group_size % kBlockK != 0)
-      return Refuse(config, "group size is not a multiple of 64");
   }
+  if (config.family != Family::kWgmma && p.group_size < p.k && p.group_size % kBlockK != 0)
+    return Refuse(config, "group size is not a multiple of 64");
   return {};
 }
 
-// What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of CUTLASS counts
-// for clusters of one CTA: the last full wave and the partial one are cut along K, and each of
-// their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
+// For CUTLASS, what PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of
+// CUTLASS counts for clusters of one CTA: the last full wave and the partial one are cut along K,
+// and each of their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
 int64_t WorkspaceBytes(const Problem& p, const Device& device, const Config& config) {
+  if (config.family == Family::kPersistent)
+    return PersistentWorkspaceBytes(p, config, device.num_sms);
   if (config.scheduler != Scheduler::kStreamK) return 0;
   constexpr int64_t kMinTilesK = 8;  // with no more than these along K, nothing is cut
   const int64_t tiles = CeilDiv(p.n, config.tile_n) * CeilDiv(p.m, config.tile_m);

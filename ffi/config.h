@@ -7,21 +7,18 @@
 #include <string_view>
 
 #include "problem.h"
+#include "schedule.h"
 
 namespace w4a16 {
 
 enum class Family {
-  kDecode,   // cuda/decode.cuh: mma.sync, every GPU from sm_80, any problem
-  kWgmma,    // cuda/gemm_wgmma.cuh: packed weights as wgmma's register operand, sm_90a
-  kCutlass,  // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a
+  kDecode,      // cuda/decode.cuh: mma.sync, every GPU from sm_80, any problem
+  kWgmma,       // cuda/gemm_wgmma.cuh: packed weights as wgmma's register operand, sm_90a
+  kPersistent,  // cuda/gemm_persistent.cuh: likewise, one CTA per SM for all its tiles, sm_90a
+  kCutlass,     // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a
 };
 
 const char* FamilyName(Family family);
-
-enum class Schedule { kNone, kCooperative, kPingpong };
-const char* FamilyName(Family family);
-
-enum class Scheduler { kDataParallel, kStreamK };
 
 // Tiles are (N, M) = (weight rows, tokens): every kernel computes the transposed product w^T x^T.
 struct Config {

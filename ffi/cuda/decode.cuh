@@ -519,10 +519,12 @@ DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts)
     return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)              \
                      : KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
+#define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #include "../configs.inc"
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
   return nullptr;
 }

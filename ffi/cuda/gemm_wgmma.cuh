@@ -506,6 +506,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 template <typename T>
 WgmmaKernel FindWgmma(const Config& config, bool has_zeros) {
 #define W4A16_DECODE(...)
+#define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                                  \
   if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                   \
@@ -517,6 +518,7 @@ WgmmaKernel FindWgmma(const Config& config, bool has_zeros) {
   }
 #include "configs.inc"
 #undef W4A16_DECODE
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
 #undef W4A16_WGMMA
   return {};
