@@ -219,7 +219,6 @@ __host__ __device__ constexpr bool UsesAffineCodes(int rows, int tile_m, bool ze
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
 __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_rows,
                                               const uint32_t (&x_offset)[kTileM / 8], int lane,
-                                              const ShiftByMultiplying& shift,
                                               float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -228,7 +227,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
   constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
-  constexpr int kRows = kTileM <= 16 ? 2 : 1;
+  constexpr int kRows = 2;
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
@@ -280,9 +279,9 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
         for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
           uint32_t a[4];
           if constexpr (kAffine) {
-            D::Affine(words[r][s], a, shift);
+            D::Affine(words[r][s], a);
           } else {
-            D::template Exact<kSymmetricZero>(words[r][s], a, shift);
+            D::template Exact<kSymmetricZero>(words[r][s], a);
           }
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)
@@ -445,7 +444,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
     MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, member, p.x_rows,
-                                                                     x_offset, lane, p.shift, acc);
+                                                                     x_offset, lane, acc);
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
     const int next = unit + kStages * num_teams;
     if (next < end) loader.Load(stage);

@@ -6,24 +6,6 @@
 
 namespace w4a16 {
 
-// Shifts a word of codes right. A multiplication does it, with a factor that the compiler cannot
-// see through, because the pipe of logic operations is the busiest (two cycles each).
-struct ShiftByMultiplying {
-  uint32_t factor4 = 1u << 28, factor8 = 1u << 24, factor12 = 1u << 20;
-#if defined(__CUDACC__)
-  template <int kBits>
-  __device__ uint32_t Right(uint32_t w) const {
-#ifndef W4A16_MULHI
-    return w >> kBits;
-#else
-    if (W4A16_MULHI == 1 && kBits != 8) return w >> kBits;
-    if (W4A16_MULHI == 2 && kBits == 8) return w >> kBits;
-    return __umulhi(w, kBits == 4 ? factor4 : kBits == 8 ? factor8 : factor12);
-#endif
-  }
-#endif
-};
-
 struct DecodeParams {
   const void* x;
   const uint32_t* qweight;
@@ -47,7 +29,6 @@ struct DecodeParams {
   bool n_aligned;   // rows of scales and zeros begin at multiples of 16 bytes
   bool out_float32;
   float alpha;
-  ShiftByMultiplying shift;
 };
 
 using DecodeKernelPointer = void (*)(DecodeParams);

@@ -36,13 +36,6 @@ __device__ __forceinline__ uint32_t FmaBf16x2(uint32_t a, uint32_t b, uint32_t c
   return d;
 }
 
-struct Shift {
-  template <int kBits>
-  __device__ static __forceinline__ uint32_t Right(uint32_t w) {
-    return w >> kBits;
-  }
-};
-
 // Both bit patterns below belong to small integers (or halves of them), so every result is exact.
 template <typename T>
 struct Dequantizer;
@@ -50,12 +43,12 @@ struct Dequantizer;
 template <>
 struct Dequantizer<__half> {
   // a = code - kZero.
-  template <int kZero, typename S = Shift>
-  __device__ static __forceinline__ void Exact(uint32_t w, uint32_t (&a)[4], const S& shift = {}) {
+  template <int kZero>
+  __device__ static __forceinline__ void Exact(uint32_t w, uint32_t (&a)[4]) {
     static_assert(kZero == 0 || kZero == 8);
     constexpr uint32_t kLow = kZero == 0 ? 0xe400e400 : 0xe408e408;   // -(1024 + kZero)
     constexpr uint32_t kHigh = kZero == 0 ? 0xd400d400 : 0xd480d480;  // -(64 + kZero)
-    const uint32_t v = shift.template Right<8>(w);
+    const uint32_t v = w >> 8;
     a[0] = AddF16x2(AndOr(w, 0x000f000f, 0x64006400), kLow);
     a[1] = AddF16x2(AndOr(w, 0x00f000f0, 0x54005400), kHigh);
     a[2] = AddF16x2(AndOr(v, 0x000f000f, 0x64006400), kLow);
@@ -68,9 +61,8 @@ struct Dequantizer<__half> {
   __device__ static constexpr uint32_t InverseStep(int r) {
     return r == 0 ? 0x00010001 : 0x00100010;
   }
-  template <typename S = Shift>
-  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4], const S& shift = {}) {
-    const uint32_t v = shift.template Right<8>(w);
+  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) {
+    const uint32_t v = w >> 8;
     a[0] = w & 0x000f000f;
     a[1] = w & 0x00f000f0;
     a[2] = v & 0x000f000f;
@@ -80,27 +72,23 @@ struct Dequantizer<__half> {
 
 template <>
 struct Dequantizer<__nv_bfloat16> {
-  template <int kZero, typename S = Shift>
-  __device__ static __forceinline__ void Exact(uint32_t w, uint32_t (&a)[4], const S& shift = {}) {
+  template <int kZero>
+  __device__ static __forceinline__ void Exact(uint32_t w, uint32_t (&a)[4]) {
     static_assert(kZero == 0 || kZero == 8);
     constexpr uint32_t kOne = 0x3f803f80;
     constexpr uint32_t kMinus = kZero == 0 ? 0xc300c300 : 0xc308c308;  // -(128 + kZero)
-    const uint32_t v[4] = {w, shift.template Right<4>(w), shift.template Right<8>(w),
-                           shift.template Right<12>(w)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = FmaBf16x2(AndOr(v[i], 0x000f000f, 0x43004300), kOne, kMinus);
+    for (int i = 0; i < 4; ++i) {
+      a[i] = FmaBf16x2(AndOr(w >> (4 * i), 0x000f000f, 0x43004300), kOne, kMinus);
+    }
   }
 
   static constexpr float kOffset = 128.0f;
   __device__ static constexpr float Step(int) { return 128.0f; }
   __device__ static constexpr uint32_t InverseStep(int) { return 0x3c003c00; }
-  template <typename S = Shift>
-  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4], const S& shift = {}) {
-    const uint32_t v[4] = {w, shift.template Right<4>(w), shift.template Right<8>(w),
-                           shift.template Right<12>(w)};
+  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = AndOr(v[i], 0x000f000f, 0x3f803f80);
+    for (int i = 0; i < 4; ++i) a[i] = AndOr(w >> (4 * i), 0x000f000f, 0x3f803f80);
   }
 };
 
