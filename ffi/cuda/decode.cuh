@@ -23,9 +23,10 @@
 // the totals are multiplied by step at the end.
 //
 // What the speed hangs on (H200, measured): CTAs of equal work, one or two to an SM, hence tiles of
-// any multiple of 16; stages that begin at multiples of 128 bytes (8% of a large layer's time); and
-// few instructions, because 8 warps an SM hide little latency, while more bytes in flight than
-// about 64 KB an SM cost time again. Bulk copies of weights and scales were never faster.
+// any multiple of 16; stages that begin at multiples of 128 bytes (else up to 13% slower); and few
+// instructions, because some 8 warps an SM hide little latency, while more than about 64 KB in
+// flight an SM cost time again. Bulk copies of weights and scales were never faster, nor were
+// shifts of the codes by multiplying.
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit
