@@ -6,20 +6,27 @@
 //
 //             tokens                    K (units of kBlocks blocks of 64)
 //            +-------+              +----+----+----+----+----+----+----+----+
-//   tile_n   |       |     tile_n   | w0 | w1 | w2 | w3 | w0 | w1 | w2 | w3 |   a CTA's share of K
+//   tile_n   |       |     tile_n   | t0 | t1 | t2 | t3 | t0 | t1 | t2 | t3 |   a CTA's share of K
 //   (N)      |  CTA  |  =  (N)      |    |    |    |    |    |    |    |    |   (1 / split_k of it)
 //            +-------+              +----+----+----+----+----+----+----+----+
 //             tile_m                   |
-//                                      v  one stage of warp w0's private ring of kStages
+//                                      v  one stage of team t0's private ring of kStages
 //   weights: per block of K, tile_n/16 x 512 B (lane l reads 16 bytes of each) | x: rows of a unit,
-//   16-byte chunk c of row r at c ^ (r % 8) | scales, then zeros: kParts rows of tile_n
+//   16 bytes apart | scales, then zeros: kParts rows of tile_n
 //
-// Each warp owns a ring and every warps-th unit of its CTA's share; no CTA barrier in the loop. A
-// unit has kParts equal parts, each within one group. A part's products accumulate in float32 from
-// zero, then partial * scale is added to the total. With affine codes (dequant.cuh) A holds
+// A team of kTeam warps, mostly one, owns a ring and every teams-th unit of its CTA's share; its
+// warps share x and have a part of the tile's rows each. No CTA barrier in the loop. A unit has
+// kParts equal parts, each within one group. A part's products accumulate in float32 from zero,
+// then partial * scale is added to the total. With affine codes (dequant.cuh) A holds
 // (code + offset) / step, and sum(x) of the part comes from one more mma whose A is 1 / step
 // throughout:    sum x (code - zero) / step  =  sum(x a) - (zero + offset) * sum(x / step);
 // the totals are multiplied by step at the end.
+//
+// What the speed hangs on (H200, measured): CTAs of equal work, one or two to an SM, hence tiles of
+// any multiple of 16; stages that begin at multiples of 128 bytes (else up to 13% slower); and few
+// instructions, because some 8 warps an SM hide little latency, while more than about 64 KB in
+// flight an SM cost time again. Bulk copies of weights and scales were never faster, nor were
+// shifts of the codes by multiplying.
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit
@@ -28,15 +35,16 @@
 // slower copies.
 //
 // Synchronisation invariants
-//  1. A lane reads a stage only after its own cp.async.wait_group for that stage and then a
-//     __syncwarp: each lane waits for its own copies, the barrier joins them.
-//  2. A stage is refilled only after a __syncwarp that follows every lane's last read of it.
-//  3. A warp stores its partial tile over its own ring alone, after its last read (a __syncwarp).
+//  1. A thread reads a stage only after its own cp.async.wait_group for that stage and then its
+//     team's barrier: each thread waits for its own copies, the barrier joins them.
+//  2. A stage is refilled only after a team barrier that follows every thread's last read of it.
+//  3. A team stores its partial tile over its own ring alone, after its last read (a team barrier).
 //  4. Partial tiles are read by other warps only after __syncthreads.
-//  5. No CTA stores to another's shared memory before the first cluster barrier: all have started.
-//  6. Received sums are read only after the second cluster barrier, and nothing touches another
-//     CTA's shared memory after it: a CTA may then exit.
-// All sums run in a fixed order: units within a warp, warps within a CTA, CTAs within a cluster.
+//  5. No CTA sends to another before the cluster's one barrier: all have started, and their
+//     mbarriers are initialised and expect the bytes that will come.
+//  6. Received sums are read only after the mbarrier's phase: all of them are there. A CTA that
+//     exits has received all that is ever sent to it.
+// All sums run in a fixed order: units within a team, teams within a CTA, CTAs within a cluster.
 #pragma once
 
 #include "convert.cuh"
@@ -436,10 +444,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   for (int unit = first; unit < end; unit += num_teams) {
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
-#ifndef W4A16_NO_MULTIPLY
     MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, member, p.x_rows,
                                                                      x_offset, lane, acc);
-#endif
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
     const int next = unit + kStages * num_teams;
     if (next < end) loader.Load(stage);
