@@ -53,10 +53,14 @@ def persistent_waves(config: dict, tiles: int, steps: int) -> float:
     """Waves, in whole tiles: the twin of SchedulePersistent in gemm_persistent.h."""
     clusters = SMS // config["cluster_n"]
     whole, rest = divmod(tiles // config["cluster_n"], clusters)
-    waves = whole + (rest > 0)
-    if rest * steps < clusters:
-        return waves
-    return min(waves, whole + rest / clusters + (2 + 2 * clusters / rest) / steps)
+    if rest == 0:
+        return whole
+    waves = [1]
+    if config["tile_m"] == 256:
+        waves.append(0.56 * ceil_div(2 * rest, clusters))
+    if rest * steps >= clusters:
+        waves.append(rest / clusters + (10 + 3 * clusters / rest) / steps)
+    return whole + min(waves)
 
 
 def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:

@@ -30,15 +30,18 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
 
   const int cluster = config.cluster_n;
   const PersistentSchedule schedule = SchedulePersistent(p, config, num_sms);
-  if ((CeilDiv(schedule.whole_units, schedule.clusters) + 1) * BlocksK(p.k) > INT_MAX ||
-      schedule.whole_units + schedule.clusters > INT_MAX)
+  if ((CeilDiv(schedule.units, schedule.clusters) + 1) * BlocksK(p.k) > INT_MAX ||
+      schedule.units + schedule.clusters > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles");
 
   const bool streams = schedule.streamed_blocks > 0;
   const int64_t clusters =
-      streams ? schedule.clusters : std::min(schedule.whole_units, schedule.clusters);
+      streams ? schedule.clusters : std::min(schedule.units, schedule.clusters);
   PersistentMaps maps = {};
-  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m / cluster, &maps.x);
+  const int share = config.tile_m / cluster;
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share, &maps.x); !s.ok()) return s;
+  if (Status s =
+          EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share >> schedule.tail_shift, &maps.x_part);
       !s.ok())
     return s;
   if (p.out_dtype != W4A16_F32) {
@@ -63,6 +66,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .last_width = Divisor(static_cast<uint32_t>(std::max(tiles_m % kPanelM, int64_t{1}))),
       .full_panels = static_cast<int>(tiles_m / kPanelM),
       .whole_units = static_cast<int>(schedule.whole_units),
+      .units = static_cast<int>(schedule.units),
+      .tail_shift = schedule.tail_shift,
       .streamed_share = static_cast<int>(schedule.streamed_blocks / schedule.clusters),
       .streamed_extra = static_cast<int>(schedule.streamed_blocks % schedule.clusters),
       .sums = static_cast<float*>(o.workspace),
