@@ -12,15 +12,16 @@ namespace {
 constexpr Config kConfigs[] = {
 #define W4A16_COSTS(START, STEP, TILE, FILL) \
   .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, .fill = FILL##f
-#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                     \
-  {.name = "decode_" #N "x" #M "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kDecode,                                                   \
-   .tile_n = N,                                                                 \
-   .tile_m = M,                                                                 \
-   .warps = WARPS,                                                              \
-   .team = TEAM,                                                                \
-   .stages = STAGES,                                                            \
-   .split_k = SPLIT,                                                            \
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                          \
+  {.name = "decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kDecode,                                                                \
+   .tile_n = N,                                                                              \
+   .tile_m = M,                                                                              \
+   .blocks = BLOCKS,                                                                         \
+   .warps = WARPS,                                                                           \
+   .team = TEAM,                                                                             \
+   .stages = STAGES,                                                                         \
+   .split_k = SPLIT,                                                                         \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)           \
   {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
