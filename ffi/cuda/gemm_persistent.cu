@@ -9,6 +9,8 @@
 namespace w4a16 {
 namespace {
 
+constexpr int64_t kMostKeptBytes = 24 << 20;  // about half of Hopper's L2
+
 // A number that no other call uses, so that no workspace holds it by chance.
 unsigned long long NewToken() {
   static const unsigned long long seed = [] {
@@ -74,6 +76,12 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .flags = reinterpret_cast<unsigned long long*>(static_cast<char*>(o.workspace) +
                                                      PersistentSumsBytes(schedule, config)),
       .token = streams ? NewToken() : 0,
+      // x is read by every column of tiles of a panel, which is worth a place in L2 where it fits;
+      // codes are read once for every token tile.
+      .x_policy = std::min<int64_t>(p.m, kPanelM * config.tile_m) * p.k * 2 <= kMostKeptBytes
+                      ? kEvictLast
+                      : kEvictNormal,
+      .weight_policy = tiles_m == 1 ? kEvictFirst : kEvictNormal,
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };

@@ -91,6 +91,10 @@ struct Divisor {
 // L2.
 inline constexpr int kPanelM = 8;
 
+// L2 policies, as createpolicy makes them.
+inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,
+                          kEvictLast = 0x14f0000000000000;
+
 struct PersistentParams {
   const uint32_t* qweight;
   const void* scales;
@@ -106,6 +110,7 @@ struct PersistentParams {
   float* sums;                         // [CTA][kTileN * kTileM]
   unsigned long long* flags;           // [CTA][kWarpgroups]
   unsigned long long token;  // a flag's value when the sums are there; no other call uses it
+  uint64_t x_policy, weight_policy;
   float alpha;
   bool out_is_f32;
 };
@@ -232,9 +237,6 @@ struct Walk {
   }
 };
 
-// L2 policies, as createpolicy makes them. Every unit reads x; few share codes and scales.
-inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0000000000000;
-
 // Starts every load of the CTA's units. Runs in one thread.
 template <typename T, typename Shape>
 __device__ inline void ProduceUnits(const PersistentMaps& maps, const PersistentParams& p,
@@ -271,20 +273,20 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
       }
       if (rows > 0) {
         ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
-                      full, kEvictNormal);
+                      full, p.weight_policy);
         ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes,
-                      static_cast<const T*>(p.scales) + row, row_bytes, full, kEvictNormal);
+                      static_cast<const T*>(p.scales) + row, row_bytes, full, p.weight_policy);
         if constexpr (Shape::kHasZeros)
           ptx::BulkLoad(shared + Shape::kZeroOffset + place * Shape::kRowBytes,
-                        static_cast<const T*>(p.zeros) + row, row_bytes, full, kEvictNormal);
+                        static_cast<const T*>(p.zeros) + row, row_bytes, full, p.weight_policy);
       }
       const uint32_t x = shared + Shape::kXOffset + slot * Shape::kXBytes +
                          (inside * Shape::kCluster + rank) * share * 128;
       if constexpr (Shape::kCluster == 1)
-        ptx::TensorLoad2d(x, x_map, block * kBlockK, unit.m0, full, kEvictLast);
+        ptx::TensorLoad2d(x, x_map, block * kBlockK, unit.m0, full, p.x_policy);
       else
         ptx::TensorLoad2dMulticast(x, x_map, block * kBlockK, unit.m0 + rank * share, full,
-                                   (1 << Shape::kCluster) - 1, kEvictLast);
+                                   (1 << Shape::kCluster) - 1, p.x_policy);
       codes += static_cast<int64_t>(blocks_n) * kBlockBytes;
       if (--left_in_group == 0) {
         left_in_group = p.blocks_per_group;
