@@ -58,8 +58,9 @@ def persistent_waves(config: dict, tiles: int, steps: int) -> float:
     waves = [1]
     if config["tile_m"] == 256:
         waves.append(0.56 * ceil_div(2 * rest, clusters))
-    if rest * steps >= clusters:
-        waves.append(rest / clusters + (10 + 3 * clusters / rest) / steps)
+    streamed = rest / clusters + (10 + 3 * clusters / rest) / steps
+    if rest * steps >= clusters and streamed + 0.1 < min(waves):
+        waves.append(streamed)
     return whole + min(waves)
 
 

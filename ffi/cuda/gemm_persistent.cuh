@@ -204,6 +204,12 @@ struct Walk {
         at(RunBegin(params, Run())),
         run_end(RunBegin(params, Run() + 1)) {}
 
+  // Blocks of all units.
+  __device__ int Blocks() const {
+    const int clusters = gridDim.x / Shape::kCluster;
+    return max((p.units - index + clusters - 1) / clusters, 0) * p.blocks_k + run_end - at;
+  }
+
   // A run's sums go to runs before it: those of later CTAs, which wait for earlier ones (S6).
   __device__ int Run() const {
     return gridDim.x / Shape::kCluster - 1 - blockIdx.x / Shape::kCluster;
@@ -325,41 +331,55 @@ struct PersistentConsumer {
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
   uint32_t empty;   // empty[0] of the CTA that the lane tells
   bool releases;    // whether it tells any
-  int slot = 0, previous = 0;
-  uint32_t parity = 0;
+  int unread;       // blocks, of all units, that have not been read
+  int slot = 0, previous = 0;            // of the wgmmas started last but one, and last
+  int read_slot = Shape::kStages - 1;    // of the block read last
+  uint32_t parity = 1;                   // of full[read_slot]
+  uint32_t words[4], scale[2], zero[2];  // as read
   uint32_t a[2][16];
 
-  __device__ static inline T2 Splat(uint16_t bits) {
-    const T value = reinterpret_cast<const T&>(bits);
+  __device__ static inline T2 Splat(uint32_t bits) {
+    const uint16_t low = static_cast<uint16_t>(bits);
+    const T value = reinterpret_cast<const T&>(low);
     return T2(value, value);
   }
 
-  __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
-
-  // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
-  template <int kBuffer, int kBlock>
-  __device__ inline void Dequantize() {
-    const int place = slot * Shape::kPartBlocks + kBlock;
-    const uint4 words = ptx::LoadShared128(codes + place * Shape::kCodeBytes);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+  // Reads what dequantising takes of the next block, if there is one: block kBlock of its stage.
+  template <int kBlock>
+  __device__ inline void Read() {
+    if (unread == 0) return;
+    --unread;
+    if constexpr (kBlock == 0) {
+      if (++read_slot == Shape::kStages) {
+        read_slot = 0;
+        parity ^= 1;
+      }
+      ptx::MbarrierWait(Shape::Full(shared, read_slot), parity);  // S1
+    }
+    const int place = read_slot * Shape::kPartBlocks + kBlock;
+    const uint4 v = ptx::LoadShared128(codes + place * Shape::kCodeBytes);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     const uint32_t row = scales + place * Shape::kRowBytes;
-    T2 scale[2], zero[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      scale[r] = Splat(ptx::LoadShared16(row + 16 * r));
+      scale[r] = ptx::LoadShared16(row + 16 * r);
       if constexpr (Shape::kHasZeros)
-        zero[r] =
-            Splat(ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r));
+        zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
     }
+  }
+
+  // a[kBuffer] = T((code - zero) * scale) of k16 steps [kBegin, kEnd) of the block that was read.
+  template <int kBuffer, int kBegin, int kEnd>
+  __device__ inline void Dequantize() {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
+    for (int step = kBegin; step < kEnd; ++step) {
       uint32_t unscaled[4];
-      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[step], unscaled);
+      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(words[step], unscaled);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         T2 value = reinterpret_cast<const T2&>(unscaled[i]);
-        if constexpr (Shape::kHasZeros) value = __hsub2(value, zero[i & 1]);
-        value = __hmul2(value, scale[i & 1]);
+        if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
+        value = __hmul2(value, Splat(scale[i & 1]));
         a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
       }
     }
@@ -369,47 +389,69 @@ struct PersistentConsumer {
     if (releases) ptx::MbarrierArriveCluster(empty + 8 * previous);  // S2
   }
 
+  // Before the first unit: its first block, in a[0].
+  __device__ inline void Begin() {
+    Read<0>();
+    Dequantize<0, 0, 4>();
+  }
+
   // Starts the wgmmas of block kBlock of the current stage, which a[kBuffer] holds; while they run,
-  // dequantises the next block: of the same stage if kStays, else of the next one, if there are
-  // `more`.
+  // dequantises the next block, which may be the next unit's: of the same stage if kStays. (After
+  // the last block, what lies in the registers, to no effect.)
+  //
+  // A warp that starts a wgmma is held up until the one before has begun. After the last one of a
+  // block, what it does until it starts the next is hidden by that one and by the other
+  // warpgroups'. With few tokens these are short, so the four wgmmas and the dequantisation take
+  // turns.
   template <int kTokens, int kBuffer, int kBlock, bool kStays>
-  __device__ inline void Step(float (&acc)[kTokens / 2], bool first, bool more) {
+  __device__ inline void Step(float (&acc)[kTokens / 2], bool first) {
+    constexpr bool kTakesTurns = kTokens <= 128;
     const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + slot * Shape::kXBytes +
                                                  kBlock * kTokens * 128);
     ptx::WgmmaFence(a[kBuffer]);
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4 * step], x + 2 * step, step > 0 || !first);
+    ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][0], x, !first);
+    if constexpr (!kTakesTurns) {
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4], x + 2);
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][8], x + 4);
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][12], x + 6);
+    }
     ptx::WgmmaCommit();
     ptx::WgmmaWait<1>();  // S3
     ptx::KeepAlive(a[kBuffer ^ 1]);
     if (kBlock == 0 && !first) Release();
-    if constexpr (kStays) {
-      Dequantize<kBuffer ^ 1, kBlock + 1>();
-    } else {
+    if constexpr (!kStays) {
       previous = slot;
-      if (++slot == Shape::kStages) {
-        slot = 0;
-        parity ^= 1;
-      }
-      if (!more) return;
-      Acquire();
-      Dequantize<kBuffer ^ 1, 0>();
+      if (++slot == Shape::kStages) slot = 0;
+    }
+    Read<kStays ? kBlock + 1 : 0>();
+    if constexpr (!kTakesTurns) {
+      Dequantize<kBuffer ^ 1, 0, 4>();
+    } else {
+      Dequantize<kBuffer ^ 1, 0, 1>();
+      ptx::WgmmaFence(a[kBuffer]);
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4], x + 2);
+      Dequantize<kBuffer ^ 1, 1, 2>();
+      ptx::WgmmaFence(a[kBuffer]);
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][8], x + 4);
+      Dequantize<kBuffer ^ 1, 2, 3>();
+      ptx::WgmmaFence(a[kBuffer]);
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][12], x + 6);
+      ptx::WgmmaCommit();
+      Dequantize<kBuffer ^ 1, 3, 4>();
     }
   }
 
-  // A unit: `blocks` blocks, of which a[0] holds the first. Leaves that of the next unit in a[0],
-  // if there are `more`.
+  // A unit: `blocks` blocks, of which a[0] holds the first. Leaves the next unit's first in a[0].
   template <int kTokens>
-  __device__ inline void Run(float (&acc)[kTokens / 2], int blocks, bool more) {
+  __device__ inline void Run(float (&acc)[kTokens / 2], int blocks) {
     constexpr bool kPairs = kTokens < Shape::kTileM && Shape::kPartBlocks == 2;
     ptx::Undefined(acc);
     int i = 0;
     for (; i + 2 <= blocks; i += 2) {
-      Step<kTokens, 0, 0, kPairs>(acc, i == 0, true);
-      Step<kTokens, 1, kPairs, false>(acc, false, i + 2 < blocks || more);
+      Step<kTokens, 0, 0, kPairs>(acc, i == 0);
+      Step<kTokens, 1, kPairs, false>(acc, false);
     }
-    if (i < blocks) Step<kTokens, 0, 0, false>(acc, i == 0, more);
+    if (i < blocks) Step<kTokens, 0, 0, false>(acc, i == 0);
     ptx::WgmmaWait<0>();
     ptx::KeepAlive(a[0]);
     ptx::KeepAlive(a[1]);
@@ -580,6 +622,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     __syncwarp();
   } else {
     ptx::TakeRegisters<Shape::kConsumerRegisters>();
+    Walk<Shape> walk(p, rank);
     const int told = lane < Shape::kCluster ? lane : 0;
     PersistentConsumer<T, Shape> consumer{
         .shared = shared,
@@ -587,16 +630,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
         .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
         .releases = lane < Shape::kCluster,
+        .unread = walk.Blocks(),
     };
-    Walk<Shape> walk(p, rank);
-    if (walk.More()) {
-      consumer.Acquire();
-      consumer.template Dequantize<0, 0>();
-    }
+    consumer.Begin();
     while (walk.index < p.whole_units || p.tail_shift == 0 && walk.More()) {
       const Unit unit = walk.Next();
       float acc[Shape::kTileM / 2];
-      consumer.template Run<Shape::kTileM>(acc, unit.end - unit.begin, walk.More());
+      consumer.template Run<Shape::kTileM>(acc, unit.end - unit.begin);
       if (unit.begin > 0) {
         SendSums<Shape>(p, acc);
       } else {
@@ -609,7 +649,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       while (walk.More()) {
         const Unit unit = walk.Next();
         float acc[Shape::kTileM / 4];
-        consumer.template Run<Shape::kTileM / 2>(acc, unit.end, walk.More());
+        consumer.template Run<Shape::kTileM / 2>(acc, unit.end);
         StoreUnit<T, Shape, Shape::kTileM / 2>(maps, p, acc, shared, unit.n0, unit.m0);
       }
     }

@@ -46,7 +46,8 @@ inline PersistentSchedule SchedulePersistent(const Problem& p, const Config& con
   // (measured).
   const double runs = static_cast<double>(clusters) / static_cast<double>(rest);
   const double streamed = full + 1 / runs + (10 + 3 * runs) / static_cast<double>(blocks);
-  if (streamed < best.waves) best = {clusters, whole, whole, rest * blocks, 0, streamed};
+  constexpr double kMargin = 0.1;  // CTAs at different places along K share less of L2
+  if (streamed + kMargin < best.waves) best = {clusters, whole, whole, rest * blocks, 0, streamed};
   return best;
 }
 
