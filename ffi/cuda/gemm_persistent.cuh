@@ -30,19 +30,14 @@
 //   next tile's first block is dequantised, while the last wgmmas run. float32 output goes straight
 //   from registers to memory.
 //
-//   The last wave may be streamed (gemm_persistent.h): the tiles that are left share out their
-//   blocks along K evenly, a CTA's run ending in one tile and starting in another. Accumulators of
-//   a tile that a run does not begin go through memory to the CTA whose run does, which adds them
-//   up in the order of K.
-//
-// Every element is summed in an order that the problem and the number of SMs fix, and written by
-// one thread; its bits do not depend on timing.
+// Every element is summed in the order of K and written by one thread; its bits depend on neither
+// the schedule nor on timing.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
 //   group_size a multiple of 64, or at least K                   CanImplement
 //   pointers aligned to 16 bytes                                 CheckOperands
-//   number of a CTA's blocks fits 31 bits                        RunPersistent
+//   number of units fits 31 bits                                 RunPersistent
 //
 // Synchronisation
 //   S1  full[s]: completes when the bytes that this CTA's producer announced for stage s have
@@ -57,10 +52,6 @@
 //       waited for the last ones to be read (named barrier 1 + warpgroup); what was staged is
 //       fenced to the async proxy before that barrier's next phase, behind which the stores start.
 //   S5  No CTA exits before the last cluster barrier: others arrive at its barriers until then.
-//   S6  Sums: a warpgroup's threads write them, then (named barrier) one of them releases the flag;
-//       one thread of the receiver acquires it, then (named barrier) all of them read. A receiver
-//       waits only for CTAs of lower index, which have been started before it and wait for nobody
-//       before they send. Flags start as anything but the token, and are left so.
 #pragma once
 
 #include <climits>
@@ -101,15 +92,11 @@ struct PersistentParams {
   const void* zeros;
   const void* bias;
   void* out;
-  int m, n;
-  int blocks_k, blocks_per_group;
+  int m, n, k;
+  int blocks_per_group;
   Divisor per_panel, last_width;  // units in a full panel; token tiles in the last panel
   int full_panels;
   int whole_units, units, tail_shift;  // gemm_persistent.h
-  int streamed_share, streamed_extra;  // streamed blocks of a cluster; clusters with one more
-  float* sums;                         // [CTA][kTileN * kTileM]
-  unsigned long long* flags;           // [CTA][kWarpgroups]
-  unsigned long long token;  // a flag's value when the sums are there; no other call uses it
   uint64_t x_policy, weight_policy;
   float alpha;
   bool out_is_f32;
@@ -136,13 +123,13 @@ struct PersistentShape {
   static constexpr int kWarpgroups = kTileN / 64;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
-  static_assert(kTileN % 64 == 0 && (kWarpgroups >= 2 && kWarpgroups <= 4));
+  static_assert(kTileN % 64 == 0 && (kWarpgroups == 2 || kWarpgroups == 3));
   static_assert(kTileM % (8 * kCluster) == 0 && kTileM % kStoreTokens == 0 && kStages >= 2);
 
   static constexpr int kMaxTailShift = MaxTailShift(kTileM);
 
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 112;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 152;
 
   // Blocks of 64 codes to a stage: one of a whole tile, two of a part.
   static constexpr int kPartBlocks = kMaxTailShift > 0 ? 2 : 1;
@@ -179,80 +166,38 @@ struct PersistentShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// What a CTA does at a time: blocks [begin, end) of K, kTileM >> shift tokens from m0 on, kTileN
-// rows of weights from n0 on.
+// What a CTA does at a time: kTileM >> shift tokens from m0 on, kTileN rows of weights from n0 on.
 struct Unit {
-  int n0, m0, shift, begin, end;
+  int n0, m0, shift;
 };
 
-// First block, of all streamed ones, of a cluster's run.
-__device__ inline int RunBegin(const PersistentParams& p, int run) {
-  return run * p.streamed_share + min(run, p.streamed_extra);
-}
-
-// The units of a CTA, in order: every stride-th one, then its run of streamed blocks.
 template <typename Shape>
-struct Walk {
-  const PersistentParams& p;
-  int rank, index;
-  int at, run_end;  // of the run
-
-  __device__ Walk(const PersistentParams& params, int cluster_rank)
-      : p(params),
-        rank(cluster_rank),
-        index(blockIdx.x / Shape::kCluster),
-        at(RunBegin(params, Run())),
-        run_end(RunBegin(params, Run() + 1)) {}
-
-  // Blocks of all units.
-  __device__ int Blocks() const {
-    const int clusters = gridDim.x / Shape::kCluster;
-    return max((p.units - index + clusters - 1) / clusters, 0) * p.blocks_k + run_end - at;
+__device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
+  int shift = 0, part = 0, tile = index;
+  if (index >= p.whole_units) {
+    shift = p.tail_shift;
+    tile = p.whole_units + ((index - p.whole_units) >> shift);
+    part = (index - p.whole_units) & ((1 << shift) - 1);
   }
-
-  // A run's sums go to runs before it: those of later CTAs, which wait for earlier ones (S6).
-  __device__ int Run() const {
-    return gridDim.x / Shape::kCluster - 1 - blockIdx.x / Shape::kCluster;
-  }
-
-  __device__ bool More() const { return index < p.units || at < run_end; }
-
-  __device__ Unit Next() {
-    int shift = 0, part = 0, tile = index, begin = 0, end = p.blocks_k;
-    if (index >= p.units) {
-      tile = at / p.blocks_k;
-      begin = at - tile * p.blocks_k;
-      end = min(p.blocks_k, begin + run_end - at);
-      at += end - begin;
-      tile += p.whole_units;
-    } else if (index >= p.whole_units) {
-      shift = p.tail_shift;
-      tile = p.whole_units + ((index - p.whole_units) >> shift);
-      part = (index - p.whole_units) & ((1 << shift) - 1);
-    }
-    index += gridDim.x / Shape::kCluster;
-    const int panel = p.per_panel.Quotient(tile), inside = tile - panel * p.per_panel.d;
-    const bool full = panel < p.full_panels;
-    const int column = full ? inside / kPanelM : p.last_width.Quotient(inside);
-    const int row = inside - column * (full ? kPanelM : p.last_width.d);
-    return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
-            .m0 = (panel * kPanelM + row) * Shape::kTileM + part * (Shape::kTileM >> shift),
-            .shift = shift,
-            .begin = begin,
-            .end = end};
-  }
-};
+  const int panel = p.per_panel.Quotient(tile), inside = tile - panel * p.per_panel.d;
+  const bool full = panel < p.full_panels;
+  const int column = full ? inside / kPanelM : p.last_width.Quotient(inside);
+  const int row = inside - column * (full ? kPanelM : p.last_width.d);
+  return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
+          .m0 = (panel * kPanelM + row) * Shape::kTileM + part * (Shape::kTileM >> shift),
+          .shift = shift};
+}
 
 // Starts every load of the CTA's units. Runs in one thread.
 template <typename T, typename Shape>
 __device__ inline void ProduceUnits(const PersistentMaps& maps, const PersistentParams& p,
-                                    uint32_t shared, int rank) {
+                                    uint32_t shared, int first, int stride, int rank) {
+  const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
   int slot = 0;
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
-  Walk<Shape> walk(p, rank);
-  while (walk.More()) {
-    const Unit unit = walk.Next();
+  for (int index = first; index < p.units; index += stride) {
+    const Unit unit = UnitOf<Shape>(p, index, rank);
     const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
     const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
     // The last cluster along N may reach beyond N by whole CTAs.
@@ -262,20 +207,18 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
     const uint32_t row_bytes = rows * 2;
     const uint32_t block_bytes =
         tokens * 128 + (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
-    const char* codes =
-        reinterpret_cast<const char*>(p.qweight) +
-        (static_cast<int64_t>(unit.begin) * blocks_n + unit.n0 / kBlockN) * kBlockBytes;
-    const int group = unit.begin / p.blocks_per_group;
-    int64_t row = static_cast<int64_t>(group) * p.n + unit.n0;  // of scales and zeros
-    int left_in_group = (group + 1) * p.blocks_per_group - unit.begin;
+    const char* codes = reinterpret_cast<const char*>(p.qweight) +
+                        static_cast<int64_t>(unit.n0 / kBlockN) * kBlockBytes;
+    int64_t row = unit.n0;  // of scales and zeros
+    int left_in_group = p.blocks_per_group;
     const int last_in_stage = unit.shift == 0 ? 0 : Shape::kPartBlocks - 1;
 #pragma unroll 1
-    for (int block = unit.begin; block < unit.end; ++block) {
+    for (int block = 0; block < blocks_k; ++block) {
       const int inside = block & last_in_stage, place = slot * Shape::kPartBlocks + inside;
       const uint32_t full = Shape::Full(shared, slot);
       if (inside == 0) {
         ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-        ptx::MbarrierArriveExpectTx(full, min(last_in_stage + 1, unit.end - block) * block_bytes);
+        ptx::MbarrierArriveExpectTx(full, min(last_in_stage + 1, blocks_k - block) * block_bytes);
       }
       if (rows > 0) {
         ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
@@ -298,7 +241,7 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
         left_in_group = p.blocks_per_group;
         row += p.n;
       }
-      if (inside == last_in_stage || block + 1 == unit.end) {
+      if (inside == last_in_stage || block + 1 == blocks_k) {
         if (++slot == Shape::kStages) {
           slot = 0;
           parity ^= 1;
@@ -331,55 +274,41 @@ struct PersistentConsumer {
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
   uint32_t empty;   // empty[0] of the CTA that the lane tells
   bool releases;    // whether it tells any
-  int unread;       // blocks, of all units, that have not been read
-  int slot = 0, previous = 0;            // of the wgmmas started last but one, and last
-  int read_slot = Shape::kStages - 1;    // of the block read last
-  uint32_t parity = 1;                   // of full[read_slot]
-  uint32_t words[4], scale[2], zero[2];  // as read
+  int slot = 0, previous = 0;
+  uint32_t parity = 0;
   uint32_t a[2][16];
 
-  __device__ static inline T2 Splat(uint32_t bits) {
-    const uint16_t low = static_cast<uint16_t>(bits);
-    const T value = reinterpret_cast<const T&>(low);
+  __device__ static inline T2 Splat(uint16_t bits) {
+    const T value = reinterpret_cast<const T&>(bits);
     return T2(value, value);
   }
 
-  // Reads what dequantising takes of the next block, if there is one: block kBlock of its stage.
-  template <int kBlock>
-  __device__ inline void Read() {
-    if (unread == 0) return;
-    --unread;
-    if constexpr (kBlock == 0) {
-      if (++read_slot == Shape::kStages) {
-        read_slot = 0;
-        parity ^= 1;
-      }
-      ptx::MbarrierWait(Shape::Full(shared, read_slot), parity);  // S1
-    }
-    const int place = read_slot * Shape::kPartBlocks + kBlock;
-    const uint4 v = ptx::LoadShared128(codes + place * Shape::kCodeBytes);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
+
+  // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
+  template <int kBuffer, int kBlock>
+  __device__ inline void Dequantize() {
+    const int place = slot * Shape::kPartBlocks + kBlock;
+    const uint4 words = ptx::LoadShared128(codes + place * Shape::kCodeBytes);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     const uint32_t row = scales + place * Shape::kRowBytes;
+    T2 scale[2], zero[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      scale[r] = ptx::LoadShared16(row + 16 * r);
+      scale[r] = Splat(ptx::LoadShared16(row + 16 * r));
       if constexpr (Shape::kHasZeros)
-        zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
+        zero[r] =
+            Splat(ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r));
     }
-  }
-
-  // a[kBuffer] = T((code - zero) * scale) of k16 steps [kBegin, kEnd) of the block that was read.
-  template <int kBuffer, int kBegin, int kEnd>
-  __device__ inline void Dequantize() {
 #pragma unroll
-    for (int step = kBegin; step < kEnd; ++step) {
+    for (int step = 0; step < 4; ++step) {
       uint32_t unscaled[4];
-      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(words[step], unscaled);
+      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[step], unscaled);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         T2 value = reinterpret_cast<const T2&>(unscaled[i]);
-        if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
-        value = __hmul2(value, Splat(scale[i & 1]));
+        if constexpr (Shape::kHasZeros) value = __hsub2(value, zero[i & 1]);
+        value = __hmul2(value, scale[i & 1]);
         a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
       }
     }
@@ -389,69 +318,47 @@ struct PersistentConsumer {
     if (releases) ptx::MbarrierArriveCluster(empty + 8 * previous);  // S2
   }
 
-  // Before the first unit: its first block, in a[0].
-  __device__ inline void Begin() {
-    Read<0>();
-    Dequantize<0, 0, 4>();
-  }
-
   // Starts the wgmmas of block kBlock of the current stage, which a[kBuffer] holds; while they run,
-  // dequantises the next block, which may be the next unit's: of the same stage if kStays. (After
-  // the last block, what lies in the registers, to no effect.)
-  //
-  // A warp that starts a wgmma is held up until the one before has begun. After the last one of a
-  // block, what it does until it starts the next is hidden by that one and by the other
-  // warpgroups'. With few tokens these are short, so the four wgmmas and the dequantisation take
-  // turns.
+  // dequantises the next block: of the same stage if kStays, else of the next one, if there are
+  // `more`.
   template <int kTokens, int kBuffer, int kBlock, bool kStays>
-  __device__ inline void Step(float (&acc)[kTokens / 2], bool first) {
-    constexpr bool kTakesTurns = kTokens <= 128;
+  __device__ inline void Step(float (&acc)[kTokens / 2], bool first, bool more) {
     const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + slot * Shape::kXBytes +
                                                  kBlock * kTokens * 128);
     ptx::WgmmaFence(a[kBuffer]);
-    ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][0], x, !first);
-    if constexpr (!kTakesTurns) {
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4], x + 2);
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][8], x + 4);
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][12], x + 6);
-    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4 * step], x + 2 * step, step > 0 || !first);
     ptx::WgmmaCommit();
     ptx::WgmmaWait<1>();  // S3
     ptx::KeepAlive(a[kBuffer ^ 1]);
     if (kBlock == 0 && !first) Release();
-    if constexpr (!kStays) {
-      previous = slot;
-      if (++slot == Shape::kStages) slot = 0;
-    }
-    Read<kStays ? kBlock + 1 : 0>();
-    if constexpr (!kTakesTurns) {
-      Dequantize<kBuffer ^ 1, 0, 4>();
+    if constexpr (kStays) {
+      Dequantize<kBuffer ^ 1, kBlock + 1>();
     } else {
-      Dequantize<kBuffer ^ 1, 0, 1>();
-      ptx::WgmmaFence(a[kBuffer]);
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4], x + 2);
-      Dequantize<kBuffer ^ 1, 1, 2>();
-      ptx::WgmmaFence(a[kBuffer]);
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][8], x + 4);
-      Dequantize<kBuffer ^ 1, 2, 3>();
-      ptx::WgmmaFence(a[kBuffer]);
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][12], x + 6);
-      ptx::WgmmaCommit();
-      Dequantize<kBuffer ^ 1, 3, 4>();
+      previous = slot;
+      if (++slot == Shape::kStages) {
+        slot = 0;
+        parity ^= 1;
+      }
+      if (!more) return;
+      Acquire();
+      Dequantize<kBuffer ^ 1, 0>();
     }
   }
 
-  // A unit: `blocks` blocks, of which a[0] holds the first. Leaves the next unit's first in a[0].
+  // A unit: `blocks` blocks, of which a[0] holds the first. Leaves that of the next unit in a[0],
+  // if there are `more`.
   template <int kTokens>
-  __device__ inline void Run(float (&acc)[kTokens / 2], int blocks) {
+  __device__ inline void Run(float (&acc)[kTokens / 2], int blocks, bool more) {
     constexpr bool kPairs = kTokens < Shape::kTileM && Shape::kPartBlocks == 2;
     ptx::Undefined(acc);
     int i = 0;
     for (; i + 2 <= blocks; i += 2) {
-      Step<kTokens, 0, 0, kPairs>(acc, i == 0);
-      Step<kTokens, 1, kPairs, false>(acc, false);
+      Step<kTokens, 0, 0, kPairs>(acc, i == 0, true);
+      Step<kTokens, 1, kPairs, false>(acc, false, i + 2 < blocks || more);
     }
-    if (i < blocks) Step<kTokens, 0, 0, false>(acc, i == 0);
+    if (i < blocks) Step<kTokens, 0, 0, false>(acc, i == 0, more);
     ptx::WgmmaWait<0>();
     ptx::KeepAlive(a[0]);
     ptx::KeepAlive(a[1]);
@@ -463,61 +370,6 @@ struct PersistentConsumer {
     }
   }
 };
-
-// Where a warpgroup of CTA `cta` leaves its sums for another: float4 number i of thread t is at
-// 128 * i + t. Its flag is at cta * kWarpgroups + group.
-template <typename Shape>
-__device__ inline float4* SumsOf(const PersistentParams& p, int cta, int group) {
-  return reinterpret_cast<float4*>(p.sums) +
-         (static_cast<int64_t>(cta) * Shape::kWarpgroups + group) * (Shape::kTileM * 16) +
-         threadIdx.x % 128;
-}
-
-template <typename Shape>
-__device__ inline void SendSums(const PersistentParams& p, const float (&acc)[Shape::kTileM / 2]) {
-  const int cta = blockIdx.x, group = threadIdx.x / 128;
-  float4* sums = SumsOf<Shape>(p, cta, group);
-#pragma unroll
-  for (int i = 0; i < Shape::kTileM / 8; ++i)
-    __stcg(sums + 128 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-  ptx::NamedBarrier(1 + group, 128);  // S6
-  if (threadIdx.x % 128 == 0)
-    ptx::StoreRelease(p.flags + cta * Shape::kWarpgroups + group, p.token);
-}
-
-// Adds what the later runs of the tile that ends with streamed block `end` have sent, in order.
-template <typename Shape>
-__device__ inline void AddSums(const PersistentParams& p, float (&acc)[Shape::kTileM / 2], int run,
-                               int end) {
-  const int group = threadIdx.x / 128;
-  int cta = blockIdx.x;
-  while (RunBegin(p, ++run) < end) {
-    cta -= Shape::kCluster;
-    if (threadIdx.x % 128 == 0) {
-      unsigned long long* flag = p.flags + cta * Shape::kWarpgroups + group;
-      while (ptx::LoadAcquire(flag) != p.token) {
-      }
-      *flag = 0;  // nobody else waits for it; a later call with this workspace must not see it
-    }
-    ptx::NamedBarrier(1 + group, 128);  // S6
-    const float4* sums = SumsOf<Shape>(p, cta, group);
-    constexpr int kBatch = Shape::kTileM == 256 ? 16 : 8;  // as registers allow
-#pragma unroll
-    for (int begin = 0; begin < Shape::kTileM / 8; begin += kBatch) {
-      float4 v[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) v[i] = __ldcg(sums + 128 * (begin + i));
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        float* sum = &acc[4 * (begin + i)];
-        sum[0] += v[i].x;
-        sum[1] += v[i].y;
-        sum[2] += v[i].z;
-        sum[3] += v[i].w;
-      }
-    }
-  }
-}
 
 // From a warpgroup's accumulators to `out`.
 template <typename T, typename Shape, int kTokens>
@@ -615,14 +467,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
 
   const int rank = Shape::kCluster == 1 ? 0 : ptx::ClusterRank();
+  const int first = blockIdx.x / Shape::kCluster, stride = gridDim.x / Shape::kCluster;
   if (warp >= Shape::kConsumers / 32) {
     ptx::ReleaseRegisters<Shape::kProducerRegisters>();
     if (warp == Shape::kConsumers / 32 && ptx::ElectOne())
-      ProduceUnits<T, Shape>(maps, p, shared, rank);
+      ProduceUnits<T, Shape>(maps, p, shared, first, stride, rank);
     __syncwarp();
   } else {
     ptx::TakeRegisters<Shape::kConsumerRegisters>();
-    Walk<Shape> walk(p, rank);
     const int told = lane < Shape::kCluster ? lane : 0;
     PersistentConsumer<T, Shape> consumer{
         .shared = shared,
@@ -630,28 +482,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
         .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
         .releases = lane < Shape::kCluster,
-        .unread = walk.Blocks(),
     };
-    consumer.Begin();
-    while (walk.index < p.whole_units || p.tail_shift == 0 && walk.More()) {
-      const Unit unit = walk.Next();
-      float acc[Shape::kTileM / 2];
-      consumer.template Run<Shape::kTileM>(acc, unit.end - unit.begin);
-      if (unit.begin > 0) {
-        SendSums<Shape>(p, acc);
-      } else {
-        if (unit.end < p.blocks_k)
-          AddSums<Shape>(p, acc, walk.Run(), walk.at - unit.end + p.blocks_k);
-        StoreUnit<T, Shape, Shape::kTileM>(maps, p, acc, shared, unit.n0, unit.m0);
+    const int blocks = static_cast<int>(CeilDiv(p.k, kBlockK));
+    consumer.Acquire();
+    consumer.template Dequantize<0, 0>();
+    int index = first;
+    const auto run = [&]<int kTokens>(int end) {
+      for (; index < end; index += stride) {
+        const Unit unit = UnitOf<Shape>(p, index, rank);
+        float acc[kTokens / 2];
+        consumer.template Run<kTokens>(acc, blocks, index + stride < p.units);
+        StoreUnit<T, Shape, kTokens>(maps, p, acc, shared, unit.n0, unit.m0);
       }
-    }
-    if constexpr (Shape::kMaxTailShift == 1) {
-      while (walk.More()) {
-        const Unit unit = walk.Next();
-        float acc[Shape::kTileM / 4];
-        consumer.template Run<Shape::kTileM / 2>(acc, unit.end);
-        StoreUnit<T, Shape, Shape::kTileM / 2>(maps, p, acc, shared, unit.n0, unit.m0);
-      }
+    };
+    run.template operator()<Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
+    if constexpr (Shape::kMaxTailShift >= 1) {
+      if (p.tail_shift == 1) run.template operator()<Shape::kTileM / 2>(p.units);
     }
     if (threadIdx.x % 128 == 0) ptx::BulkWaitRead<0>();
     __syncwarp();
