@@ -153,9 +153,9 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   return {};
 }
 
-// What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of
-// CUTLASS counts for clusters of one CTA: the last full wave and the partial one are cut along K,
-// and each of their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
+// What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of CUTLASS counts
+// for clusters of one CTA: the last full wave and the partial one are cut along K, and each of
+// their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
 int64_t WorkspaceBytes(const Problem& p, const Device& device, const Config& config) {
   if (config.scheduler != Scheduler::kStreamK) return 0;
   constexpr int64_t kMinTilesK = 8;  // with no more than these along K, nothing is cut
