@@ -43,20 +43,18 @@ def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
     if "StreamK" in config["name"] and tiles % SMS and steps > 8:
         return np.array([1, tiles / SMS * steps, tiles / SMS + 1])
     if config["family"] == "persistent":
-        waves = persistent_waves(config, tiles, steps)
+        waves = persistent_waves(config, tiles)
     else:
         waves = ceil_div(tiles * config["split_k"], SMS)
     return np.array([1, max(waves, fill) * steps, waves])
 
 
-def persistent_waves(config: dict, tiles: int, steps: int) -> float:
+def persistent_waves(config: dict, tiles: int) -> float:
     """Waves, in whole tiles: the twin of SchedulePersistent in gemm_persistent.h."""
     clusters = SMS // config["cluster_n"]
     whole, rest = divmod(tiles // config["cluster_n"], clusters)
-    waves = whole + (rest > 0)
-    if rest * steps < clusters:
-        return waves
-    return min(waves, whole + rest / clusters + (2 + 2 * clusters / rest) / steps)
+    halves = 0.56 * ceil_div(2 * rest, clusters) if config["tile_m"] == 256 else 1
+    return whole + min(rest > 0, halves)
 
 
 def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:

@@ -4,7 +4,6 @@
 #include <array>
 
 #include "cuda/decode.h"
-#include "cuda/gemm_persistent.h"
 
 namespace w4a16 {
 namespace {
@@ -154,12 +153,10 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   return {};
 }
 
-// For CUTLASS, what PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of
-// CUTLASS counts for clusters of one CTA: the last full wave and the partial one are cut along K,
-// and each of their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
+// What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of CUTLASS counts
+// for clusters of one CTA: the last full wave and the partial one are cut along K, and each of
+// their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
 int64_t WorkspaceBytes(const Problem& p, const Device& device, const Config& config) {
-  if (config.family == Family::kPersistent)
-    return PersistentWorkspaceBytes(p, config, device.num_sms);
   if (config.scheduler != Scheduler::kStreamK) return 0;
   constexpr int64_t kMinTilesK = 8;  // with no more than these along K, nothing is cut
   const int64_t tiles = CeilDiv(p.n, config.tile_n) * CeilDiv(p.m, config.tile_m);
