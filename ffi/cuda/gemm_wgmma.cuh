@@ -91,22 +91,28 @@ struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
+template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kSplitK_, int kGroupsK_ = 1,
+          int kShareX_ = 1>
 struct WgmmaShape {
   static constexpr bool kHasZeros = kHasZeros_;
   static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kSplitK = kSplitK_;
-  static_assert(kTileN % 64 == 0 && kTileM % kSplitK == 0 && kStages >= 2);
+  static constexpr int kGroupsK = kGroupsK_;
+  static constexpr int kShareX = kShareX_, kCluster = kSplitK * kShareX;
+  static_assert(kTileM % (8 * kShareX) == 0);
+  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2);
 
-  static constexpr int kWarpgroups = kTileN / 64;
-  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kThreadsOfGroup = 2 * kTileN;  // a warpgroup for every 64 rows
+  static constexpr int kConsumers = kThreadsOfGroup * kGroupsK;
 
   // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
   // Tiles that need more than an even share get a producer warpgroup, which gives up its registers.
-  static constexpr int kRegisters = kTileM / 2 + 64;  // accumulators, A twice, addresses
+  static constexpr int kRegisters = kTileM / 2 + 64;  // accumulators, A, addresses
   static constexpr bool kReallocate = kRegisters > 65536 / (kConsumers + 128);
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
-  static_assert(!kReallocate || kWarpgroups == 2);
+  static constexpr int kLaunchRegisters = 65536 / (kConsumers + 128) / 8 * 8;
+  static constexpr int kFreeRegisters =
+      (kLaunchRegisters * (kConsumers + 128) - kProducerRegisters * 128) / kConsumers / 8 * 8;
+  static constexpr int kConsumerRegisters = kFreeRegisters < 240 ? kFreeRegisters : 240;
 #if defined(W4A16_RACECHECK)
   static constexpr int kReleasingLanes = 32;
 #else
@@ -115,7 +121,7 @@ struct WgmmaShape {
   static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
 
   // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
-  static constexpr int kBlocks = kTileM <= 64 ? 2 : 1;
+  static constexpr int kBlocks = kGroupsK > 1 ? kGroupsK : kTileM <= 64 ? 2 : 1;
   static constexpr int kScaleRows = 2 * kBlocks;  // one for every 32 codes at most
 
   static constexpr int kXBytes = kTileM * 128;                       // one block
@@ -128,16 +134,19 @@ struct WgmmaShape {
   static constexpr int kPipelineBytes =
       kZeroOffset + (kHasZeros ? kStages * kScaleRows * kRowBytes : 0);
 
-  // Partial tiles are [token][row]; the pitch makes a warp's fragment stores hit all 32 banks.
-  static constexpr int kPitch = kTileN + 4;
-  static constexpr int kSliceTokens = kTileM / kSplitK;
-  static constexpr int kSliceBytes = kSliceTokens * kPitch * 4;
-  static constexpr int kPartialBytes = kTileM * kPitch * 4;
-  static constexpr int kEpilogueBytes = kPartialBytes + (kSplitK - 1) * kSliceBytes;
+  // The parts of K, kGroupsK in each CTA of the cluster, finish a slice of the tile's chunks of
+  // eight tokens each. A part's inbox holds the sums that the other parts made of its slice.
+  static constexpr int kParts = kSplitK * kGroupsK;
+  static constexpr int kChunks = kTileM / 8;
+  static constexpr int kSliceChunks = (kChunks + kParts - 1) / kParts;
+  static constexpr int kChunkBytes = kThreadsOfGroup * 16;  // four sums a thread
+  static constexpr int kSliceBytes = kSliceChunks * kChunkBytes;
+  static constexpr int kInboxBytes = (kParts - 1) * kSliceBytes;
+  static constexpr int kKeptBytes = kGroupsK * kSliceBytes;  // overlays the stages
+  static constexpr int kInboxOffset = kPipelineBytes > kKeptBytes ? kPipelineBytes : kKeptBytes;
 
-  static constexpr int kBarrierOffset =
-      kPipelineBytes > kEpilogueBytes ? kPipelineBytes : kEpilogueBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 1) * 8;
+  static constexpr int kBarrierOffset = kInboxOffset + kGroupsK * kInboxBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + kGroupsK) * 8;
 
   __device__ static uint32_t Full(uint32_t shared, int slot) {
     return shared + kBarrierOffset + 8 * slot;
@@ -145,7 +154,9 @@ struct WgmmaShape {
   __device__ static uint32_t Empty(uint32_t shared, int slot) {
     return Full(shared, kStages + slot);
   }
-  __device__ static uint32_t Received(uint32_t shared) { return Full(shared, 2 * kStages); }
+  __device__ static uint32_t Received(uint32_t shared, int group) {
+    return Full(shared, 2 * kStages + group);
+  }
 
   static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
   static_assert(kSharedBytes <= kSharedPerSm);
@@ -165,11 +176,14 @@ struct WgmmaShape {
 template <typename T, typename Shape>
 __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
                                      uint32_t shared, int begin, int end, int n0, int m0,
-                                     int scale_shift) {
+                                     int scale_shift, int rank, int share) {
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
-  const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
-  const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
+  // A CTA that shares x may lie beyond N: it loads its part of x alone.
+  const bool inside = Shape::kShareX == 1 || n0 < p.n;
+  const uint32_t code_bytes =
+      inside ? min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes : 0;
+  const uint32_t row_bytes = inside ? min(Shape::kTileN, p.n - n0) * 2 : 0;
   const int64_t code_stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
   const char* codes = reinterpret_cast<const char*>(p.qweight) +
                       begin * Shape::kBlocks * code_stride +
@@ -203,10 +217,17 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
       if (b >= blocks) break;
       const int place = slot * Shape::kBlocks + b;
       if (elected) {
-        ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
-                      full, weight_policy);
-        ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
-                          (chunk * Shape::kBlocks + b) * kBlockK, m0, full, keep);
+        if (inside)
+          ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
+                        full, weight_policy);
+        const uint32_t x = shared + Shape::kXOffset + place * Shape::kXBytes;
+        const int k = (chunk * Shape::kBlocks + b) * kBlockK;
+        if constexpr (Shape::kShareX == 1)
+          ptx::TensorLoad2d(x, &x_map, k, m0, full, keep);
+        else
+          ptx::TensorMulticast2d(x + share * (Shape::kXBytes / Shape::kShareX), &x_map, k,
+                                 m0 + share * (Shape::kTileM / Shape::kShareX), full,
+                                 ((1 << Shape::kShareX) - 1) << (rank * Shape::kShareX), keep);
       }
       codes += code_stride;
     }
@@ -220,7 +241,7 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
       }
       row_k += 32 << scale_shift;
       const int place = slot * Shape::kScaleRows + row;
-      if (elected) {
+      if (elected && inside) {
         ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes, scales, row_bytes,
                       full, weight_policy);
         if constexpr (Shape::kHasZeros)
@@ -235,106 +256,133 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
   }
 }
 
+// How long a row of scales lasts. kHalfBlock: sizes of groups that are odd multiples of 32.
+enum class Lasts { kHalfBlock, kBlock, kStage };
+
 // One consumer thread's way through the stages.
 template <typename T, typename Shape>
 struct Consumer {
   using T2 = typename Pair<T>::Type;
+  static constexpr int kMine = Shape::kBlocks / Shape::kGroupsK;  // blocks of a stage
 
   uint32_t shared;
-  uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
+  // In stage 0, where its blocks start:
+  uint32_t x;
+  uint32_t codes;   // the lane's 16 bytes
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
-  int scale_shift;
-  bool releases;  // arrives at empty[]
-  int slot = 0, previous = 0;
-  uint32_t parity = 0;
+  bool releases;    // arrives at empty[] of rank
+  int rank;
   float acc[Shape::kTileM / 2] = {};
-  uint32_t a[2][16];
+  uint32_t a[2][8];  // A fragments of two k16 steps each
+
+  // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
+  struct Factors {
+    uint16_t scale[2], zero[2];
+  };
 
   __device__ static inline T2 Splat(uint16_t bits) {
     const T value = reinterpret_cast<const T&>(bits);
     return T2(value, value);
   }
 
-  // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
-  template <bool kFineGroups, int kBlock, int kBuffer>
-  __device__ inline void Dequantize() {
-    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
-                                           kBlock * Shape::kCodeBytes);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    uint16_t scale[2], zero[2];
+  __device__ inline void LoadFactors(int slot, int row, Factors* f) {
+    const uint32_t from = scales + (slot * Shape::kScaleRows + row) * Shape::kRowBytes;
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      if (step == 0 || (step == 2 && kFineGroups)) {
-        const int part = kFineGroups ? 2 * kBlock + step / 2 : (2 * kBlock) >> scale_shift;
-        const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
+    for (int r = 0; r < 2; ++r) {
+      f->scale[r] = ptx::LoadShared16(from + 16 * r);
+      if constexpr (Shape::kHasZeros)
+        f->zero[r] = ptx::LoadShared16(from + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
+    }
+  }
+
+  // to = T((code - zero) * scale) of one k16 step.
+  __device__ static inline void Dequantize(uint32_t word, const Factors& f, uint32_t* to) {
+    uint32_t unscaled[4];
+    Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, unscaled);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          scale[r] = ptx::LoadShared16(row + 16 * r);
-          if constexpr (Shape::kHasZeros)
-            zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
-        }
-      }
-      uint32_t unscaled[4];
-      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[step], unscaled);
+    for (int i = 0; i < 4; ++i) {
+      T2 value = reinterpret_cast<const T2&>(unscaled[i]);
+      if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(f.zero[i & 1]));
+      value = __hmul2(value, Splat(f.scale[i & 1]));
+      to[i] = reinterpret_cast<const uint32_t&>(value);
+    }
+  }
+
+  // What is read ahead of a block.
+  struct Ahead {
+    uint4 words;
+    Factors factors;
+  };
+
+  template <Lasts kLasts>
+  __device__ inline void ReadAhead(int slot, int block, Ahead* ahead) {
+    ahead->words = ptx::LoadShared128(codes + (slot * Shape::kBlocks + block) * Shape::kCodeBytes);
+    if (kLasts == Lasts::kBlock || (kLasts == Lasts::kStage && block == 0))
+      LoadFactors(slot, block, &ahead->factors);
+  }
+
+  // Its block `block` of a stage. Half a block is dequantised while the other half's wgmmas run.
+  // A warp stands still until its last wgmma but one has started, so `read_ahead` comes before.
+  template <Lasts kLasts, typename F>
+  __device__ inline void Step(int slot, int block, Ahead* ahead, bool release_previous,
+                              F read_ahead) {
+    const int place = slot * Shape::kBlocks + block;
+    const uint64_t b = ptx::DescriptorSwizzle128(x) + place * (Shape::kXBytes / 16);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        T2 value = reinterpret_cast<const T2&>(unscaled[i]);
-        if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
-        value = __hmul2(value, Splat(scale[i & 1]));
-        a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
+    for (int half = 0; half < 2; ++half) {
+      if (kLasts == Lasts::kHalfBlock) LoadFactors(slot, 2 * block + half, &ahead->factors);
+      Dequantize(half == 0 ? ahead->words.x : ahead->words.z, ahead->factors, &a[half][0]);
+      Dequantize(half == 0 ? ahead->words.y : ahead->words.w, ahead->factors, &a[half][4]);
+      if (half == 1) read_ahead();
+      ptx::WgmmaFence(a[half]);
+      ptx::Wgmma<T, Shape::kTileM>(acc, &a[half][0], b + 4 * half);
+      ptx::Wgmma<T, Shape::kTileM>(acc, &a[half][4], b + 4 * half + 2);
+      ptx::WgmmaCommit();
+      ptx::WgmmaWait<1>();  // S3
+      ptx::KeepAlive(a[half ^ 1]);
+      if (half == 0 && release_previous) {  // S2
+        const uint32_t empty = Shape::Empty(shared, slot == 0 ? Shape::kStages - 1 : slot - 1);
+        if constexpr (Shape::kShareX == 1)
+          ptx::MbarrierArrive(empty);
+        else
+          ptx::MbarrierArriveAt(empty, rank);
       }
     }
   }
 
-  // Dequantises while the previous block's wgmmas run, then starts this block's.
-  template <bool kFineGroups, int kBlock, int kBuffer>
-  __device__ inline void Step(bool release_previous) {
-    Dequantize<kFineGroups, kBlock, kBuffer>();
-    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
-                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
-    ptx::WgmmaFence(a[kBuffer]);
+  // Its blocks of a number of stages. The last stages are not released: nobody waits for them, and
+  // the CTA to be told may be gone.
+  template <Lasts kLasts>
+  __device__ inline void Run(int blocks, int stages) {
+    const uint32_t refills = max(0, stages - Shape::kStages);
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-      ptx::Wgmma<T, Shape::kTileM>(acc, &a[kBuffer][4 * step], x + 2 * step);
-    ptx::WgmmaCommit();
-    ptx::WgmmaWait<1>();  // S3
-    ptx::KeepAlive(a[kBuffer ^ 1]);
-    if (release_previous && releases) ptx::MbarrierArrive(Shape::Empty(shared, previous));  // S2
-  }
-
-  __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
-
-  __device__ inline void Advance() {
-    previous = slot;
-    if (++slot == Shape::kStages) {
-      slot = 0;
-      parity ^= 1;
+    for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
+    Ahead ahead;
+    int slot = 0;
+    uint32_t parity = 0;
+    if (blocks > 0) {
+      ptx::MbarrierWait(Shape::Full(shared, 0), 0);  // S1
+      ReadAhead<kLasts>(0, 0, &ahead);
     }
-  }
-
-  // `blocks` blocks, from the start of a stage. kFineGroups: groups may change in the middle of a
-  // block, which only sizes that are odd multiples of 32 do. The last stage is not released: nobody
-  // waits for it.
-  template <bool kFineGroups>
-  __device__ inline void Run(int blocks) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) a[0][i] = a[1][i] = 0;
-    int i = 0;
-    for (; i + 2 <= blocks; i += 2) {
-      Acquire();
-      Step<kFineGroups, 0, 0>(i > 0);
-      if constexpr (Shape::kBlocks == 1) {
-        Advance();
-        Acquire();
-        Step<kFineGroups, 0, 1>(true);
+    // Not unrolled further: instructions met for the first time cost more than those saved.
+#pragma unroll 1
+    for (int i = 0; i < blocks; i += kMine) {
+      const int next = slot == Shape::kStages - 1 ? 0 : slot + 1;
+      if (next == 0) parity ^= 1;
+      const auto read_next_stage = [&] {
+        if (i + kMine >= blocks) return;
+        ptx::MbarrierWait(Shape::Full(shared, next), parity);  // S1
+        ReadAhead<kLasts>(next, 0, &ahead);
+      };
+      if constexpr (kMine == 1) {
+        Step<kLasts>(slot, 0, &ahead, releases && i - 1u < refills, read_next_stage);
       } else {
-        Step<kFineGroups, 1, 1>(false);
+        Step<kLasts>(slot, 0, &ahead, releases && i / 2 - 1u < refills, [&] {
+          if (i + 1 < blocks) ReadAhead<kLasts>(slot, 1, &ahead);
+        });
+        if (i + 1 < blocks) Step<kLasts>(slot, 1, &ahead, false, read_next_stage);
       }
-      Advance();
-    }
-    if (i < blocks) {
-      Acquire();
-      Step<kFineGroups, 0, 0>(i > 0);
+      slot = next;
     }
     ptx::WgmmaWait<0>();
     ptx::KeepAlive(a[0]);
@@ -343,81 +391,89 @@ struct Consumer {
   }
 };
 
-// Converts, scales and stores eight consecutive outputs of a token.
+// Stores alpha * sum + bias of eight tokens from `token` on by the warp's 16 rows from n on; v is
+// an accumulator fragment, bias that of the lane's two rows.
 template <typename T>
-__device__ inline void StoreEight(const WgmmaParams& p, int token, int n, float (&v)[8]) {
-  T bias[8];
-  if (p.bias != nullptr)
-    *reinterpret_cast<uint4*>(bias) =
-        *reinterpret_cast<const uint4*>(static_cast<const T*>(p.bias) + n);
+__device__ inline void StoreChunk(const WgmmaParams& p, int token, int n, float (&v)[4],
+                                  const float (&bias)[2]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    v[i] = p.bias != nullptr ? fmaf(p.alpha, v[i], static_cast<float>(bias[i])) : p.alpha * v[i];
-  const int64_t offset = static_cast<int64_t>(token) * p.n + n;
+  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], bias[i / 2]);
   if (p.out_is_f32) {
-    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.out) + offset);
-    out[0] = make_float4(v[0], v[1], v[2], v[3]);
-    out[1] = make_float4(v[4], v[5], v[6], v[7]);
-  } else {
-    T rounded[8];
+    float* out = static_cast<float*>(p.out);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) rounded[i] = static_cast<T>(v[i]);
-    *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + offset) =
-        *reinterpret_cast<const uint4*>(rounded);
+    for (int i = 0; i < 4; ++i) {
+      const int m = token + 2 * (lane % 4) + i % 2, row = n + lane / 4 + 8 * (i / 2);
+      if (m < p.m && row < p.n) out[static_cast<int64_t>(m) * p.n + row] = v[i];
+    }
+    return;
   }
+  uint32_t half[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const T pair[2] = {static_cast<T>(v[2 * r]), static_cast<T>(v[2 * r + 1])};
+    half[r] = ptx::Transpose8x8(reinterpret_cast<const uint32_t&>(pair));
+  }
+  // The lane now holds two values of either eight rows, of token lane / 4. Neighbours swap one, so
+  // that each has four of one eight.
+  const bool odd = lane & 1;
+  const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? half[0] : half[1], 1);
+  const uint2 four = odd ? make_uint2(other, half[1]) : make_uint2(half[0], other);
+  const int m = token + lane / 4, row = n + 8 * odd + 2 * (lane & 2);
+  if (m < p.m && row < p.n)
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.n + row) = four;
 }
 
-// From the accumulators to `out`, through shared memory and, if kSplitK > 1, the cluster.
+// From the accumulators to `out`, by way of the inboxes if K has parts. `part` is the thread's.
 template <typename T, typename Shape>
 __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
-                                  char* shared, int rank, int n0, int m0) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  float* partial = reinterpret_cast<float*>(shared);
-  if constexpr (Shape::kSplitK > 1) ptx::ClusterArrive();  // S5
-  ptx::NamedBarrier(1, Shape::kConsumers);                 // S4
+                                  uint32_t shared, int part, int share, int n0, int m0) {
+  constexpr int kParts = Shape::kParts, kGroupsK = Shape::kGroupsK, kSlice = Shape::kSliceChunks;
+  const int thread = threadIdx.x % Shape::kThreadsOfGroup, lane = thread % 32;
+  const int n = n0 + thread / 32 * 16;
+  float bias[2] = {};
+  if (p.bias != nullptr) {
 #pragma unroll
-  for (int i = 0; i < Shape::kTileM / 2; ++i) {
-    const int token = 8 * (i / 4) + 2 * (lane % 4) + (i & 1);
-    partial[token * Shape::kPitch + 16 * warp + lane / 4 + 8 * ((i >> 1) & 1)] = acc[i];
+    for (int r = 0; r < 2; ++r)
+      if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
   }
-  if constexpr (Shape::kSplitK > 1) {
-    ptx::FenceProxyAsync();  // S6
-    ptx::ClusterWait();      // S5
-  }
-  ptx::NamedBarrier(1, Shape::kConsumers);
-  const char* inbox = shared + Shape::kPartialBytes;  // slices of the other ranks, in rank order
-  if constexpr (Shape::kSplitK > 1) {
-    const uint32_t here = ptx::SharedAddress(shared), received = Shape::Received(here);
-    if (thread < Shape::kSplitK && thread != rank)
-      ptx::BulkSend(here + Shape::kPartialBytes + (rank - (rank > thread)) * Shape::kSliceBytes,
-                    here + thread * Shape::kSliceBytes, Shape::kSliceBytes, received, thread);
-    ptx::MbarrierWait(received, 0);  // S6
-    __syncwarp();
-    ptx::ClusterArrive();  // S7
-  }
-
-  constexpr int kPieces = Shape::kTileN / 8;
-  const int first = rank * Shape::kSliceTokens;
-  for (int i = thread; i < Shape::kSliceTokens * kPieces; i += Shape::kConsumers) {
-    const int token = i / kPieces, n = i % kPieces * 8;
-    if (m0 + first + token >= p.m || n0 + n >= p.n) continue;
-    float v[8] = {};
+  // Each thread's sums of a slice stay with it, or go to the same thread of the slice's owner. What
+  // follows is then a short loop: instructions met for the first time cost more than the detour.
+  const uint32_t inboxes = shared + Shape::kInboxOffset + thread * 16;
+  const uint32_t own = shared + part % kGroupsK * Shape::kSliceBytes + thread * 16;
+  ptx::NamedBarrier(2, Shape::kConsumers);                // S4
+  if constexpr (Shape::kCluster > 1) ptx::ClusterWait();  // S5
 #pragma unroll
-    for (int source = 0; source < Shape::kSplitK; ++source) {
-      const char* slice = source == rank ? shared + first * Shape::kPitch * 4
-                                         : inbox + (source - (source > rank)) * Shape::kSliceBytes;
-      const float4* from = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(slice) +
-                                                           token * Shape::kPitch + n);
-      const float4 lo = from[0], hi = from[1];
-      const float w[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+  for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
+    const int owner = chunk / kSlice, place = chunk % kSlice * Shape::kChunkBytes;
+    const float* v = &acc[4 * chunk];
+    if (owner == part)
+      ptx::StoreShared(own + place, v[0], v[1], v[2], v[3]);
+    else
+      ptx::StoreAsyncAt(inboxes + owner % kGroupsK * Shape::kInboxBytes +
+                            (part - (part > owner)) * Shape::kSliceBytes + place,
+                        Shape::Received(shared, owner % kGroupsK),
+                        owner / kGroupsK * Shape::kShareX + share, v[0], v[1], v[2], v[3]);
+  }
+  const int chunks = max(0, min(kSlice, Shape::kChunks - part * kSlice));
+  if (kParts > 1 && chunks > 0)
+    ptx::MbarrierWait(Shape::Received(shared, part % kGroupsK), 0);  // S6
+  const uint32_t inbox = inboxes + part % kGroupsK * Shape::kInboxBytes;
+#pragma unroll(Shape::kTileM >= 128 ? 4 : 2)
+  for (int i = 0; i < chunks; ++i) {
+    float v[4];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = source == 0 ? w[j] : v[j] + w[j];
+    for (int source = 0; source < kParts; ++source) {
+      const uint32_t from =
+          source == part ? own : inbox + (source - (source > part)) * Shape::kSliceBytes;
+      const uint4 bits = ptx::LoadShared128(from + i * Shape::kChunkBytes);
+      const float4 w = reinterpret_cast<const float4&>(bits);
+      v[0] = source == 0 ? w.x : v[0] + w.x;
+      v[1] = source == 0 ? w.y : v[1] + w.y;
+      v[2] = source == 0 ? w.z : v[2] + w.z;
+      v[3] = source == 0 ? w.w : v[3] + w.w;
     }
-    StoreEight<T>(p, m0 + first + token, n0 + n, v);
-  }
-  if constexpr (Shape::kSplitK > 1) {
-    __syncwarp();
-    ptx::ClusterWait();  // S7
+    StoreChunk<T>(p, m0 + 8 * (part * kSlice + i), n, v, bias);
   }
 }
 
@@ -425,6 +481,9 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
 // L2.
 __device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, int* tile_m) {
   constexpr uint32_t kPanelM = 8;
+  *tile_n = tile;
+  *tile_m = 0;
+  if (p.tiles_m == 1) return;
   const uint32_t per_panel = kPanelM * p.tiles_n;  // N < 2^30: below 2^28
   const uint32_t panel = tile / per_panel, inside = tile % per_panel;
   const uint32_t width = min(kPanelM, p.tiles_m - panel * kPanelM);
@@ -443,59 +502,80 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   const int lane = threadIdx.x % 32;
   // The shuffle tells the compiler that a warp's threads agree on their role.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (threadIdx.x == Shape::kConsumers) {
-    ptx::PrefetchTensorMap(&x_map);
-    for (int i = 0; i < Shape::kStages; ++i) {
-      ptx::MbarrierInit(Shape::Full(shared, i), 1);
-      ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kConsumers / 32 * Shape::kReleasingLanes);
+  const int rank = blockIdx.x % Shape::kCluster / Shape::kShareX;
+  const int share = blockIdx.x % Shape::kShareX;
+  constexpr int kProducerWarp = Shape::kConsumers / 32;
+  if (warp == kProducerWarp) {
+    if (ptx::ElectOne()) {
+      ptx::PrefetchTensorMap(&x_map);
+      for (int i = 0; i < Shape::kStages; ++i) {
+        ptx::MbarrierInit(Shape::Full(shared, i), 1);
+        ptx::MbarrierInit(Shape::Empty(shared, i),
+                          kProducerWarp * Shape::kReleasingLanes * Shape::kShareX);
+      }
+      for (int group = 0; group < Shape::kGroupsK; ++group) {
+        const int part = rank * Shape::kGroupsK + group;
+        const int chunks = min(Shape::kSliceChunks, Shape::kChunks - part * Shape::kSliceChunks);
+        ptx::MbarrierInit(Shape::Received(shared, group), 1);
+        if (Shape::kParts > 1 && chunks > 0)
+          ptx::MbarrierArriveExpectTx(Shape::Received(shared, group),
+                                      (Shape::kParts - 1) * chunks * Shape::kChunkBytes);
+      }
+      ptx::FenceMbarrierInit();
     }
-    ptx::MbarrierInit(Shape::Received(shared), 1);
-    ptx::FenceMbarrierInit();
-    if constexpr (Shape::kSplitK > 1)
-      ptx::MbarrierArriveExpectTx(Shape::Received(shared),
-                                  (Shape::kSplitK - 1) * Shape::kSliceBytes);
+    __syncwarp();
   }
-  __syncthreads();
+  if constexpr (Shape::kCluster > 1) ptx::ClusterArriveRelaxed();  // S5
+  if (warp == kProducerWarp)
+    ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);
+  else if (warp < kProducerWarp)
+    ptx::NamedBarrier(1, Shape::kConsumers + 32);
 
-  const int rank = blockIdx.x % Shape::kSplitK;
   int tile_n, tile_m;
-  TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
-  const int n0 = tile_n * Shape::kTileN, m0 = tile_m * Shape::kTileM;
+  TileOf(p, blockIdx.x / Shape::kCluster, &tile_n, &tile_m);
+  const int n0 = (tile_n * Shape::kShareX + share) * Shape::kTileN, m0 = tile_m * Shape::kTileM;
 
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int64_t chunks = CeilDiv(blocks_k, Shape::kBlocks);
   const int begin = static_cast<int>(chunks * rank / Shape::kSplitK);
   const int end = static_cast<int>(chunks * (rank + 1) / Shape::kSplitK);
   // Runs of 2^scale_shift x 32 codes, aligned to their length, lie in one group.
-  constexpr int kMaxShift = Shape::kBlocks == 2 ? 2 : 1;
+  constexpr int kMaxShift = Shape::kBlocks == 4 ? 3 : Shape::kBlocks == 2 ? 2 : 1;
   const int scale_shift = p.groups == 1 ? kMaxShift : min(kMaxShift, __ffs(p.group_size / 32) - 1);
 
   if (warp >= Shape::kConsumers / 32) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
-    if (warp == Shape::kConsumers / 32)
-      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift);
-    if constexpr (Shape::kSplitK > 1) {
+    if constexpr (Shape::kShareX > 1) ptx::ClusterWait();  // S5
+    if (warp == kProducerWarp)
+      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift, rank, share);
+    if constexpr (Shape::kSplitK > 1 && Shape::kShareX == 1) {
       __syncwarp();
-      ptx::ClusterArrive();  // S5
-      ptx::ClusterWait();
-      ptx::ClusterArrive();  // S7
-      ptx::ClusterWait();
+      ptx::ClusterWait();  // S5
     }
   } else {
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
+    constexpr int kWarpsOfGroup = Shape::kThreadsOfGroup / 32;
+    const int row_block = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
     Consumer<T, Shape> consumer{
         .shared = shared,
-        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
-        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
-        .scale_shift = scale_shift,
-        .releases = lane < Shape::kReleasingLanes,
+        .x = shared + Shape::kXOffset + group * Shape::kXBytes,
+        .codes = shared + Shape::kCodeOffset + group * Shape::kCodeBytes + row_block * kBlockBytes +
+                 lane * 16,
+        .scales = shared + Shape::kScaleOffset + ((2 * group) >> scale_shift) * Shape::kRowBytes +
+                  (16 * row_block + lane / 4) * 2,
+        .releases = lane < Shape::kReleasingLanes * Shape::kShareX,
+        .rank = rank * Shape::kShareX + lane % Shape::kShareX,
     };
-    const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
+    int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
+    if constexpr (Shape::kGroupsK > 1)
+      blocks = (blocks - group + Shape::kGroupsK - 1) / Shape::kGroupsK;
     if (scale_shift == 0)
-      consumer.template Run<true>(blocks);
+      consumer.template Run<Lasts::kHalfBlock>(blocks, end - begin);
+    else if (consumer.kMine == 1 || scale_shift == 1)
+      consumer.template Run<Lasts::kBlock>(blocks, end - begin);
     else
-      consumer.template Run<false>(blocks);
-    FinishTile<T, Shape>(p, consumer.acc, storage, rank, n0, m0);
+      consumer.template Run<Lasts::kStage>(blocks, end - begin);
+    FinishTile<T, Shape>(p, consumer.acc, shared, rank * Shape::kGroupsK + group, share, n0, m0);
   }
 #else
   __trap();

@@ -25,6 +25,35 @@ __device__ inline uint4 LoadShared128(uint32_t shared) {
   return v;
 }
 
+__device__ inline void StoreShared(uint32_t shared, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
+// To the shared memory of cluster rank `rank`, whose `barrier` counts the 16 bytes; `shared` and
+// `barrier` are given as the addresses of the same objects in the calling CTA.
+__device__ inline void StoreAsyncAt(uint32_t shared, uint32_t barrier, uint32_t rank, float a,
+                                    float b, float c, float d) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, barrier_there;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier_there, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+      " [there], {%3, %4, %5, %6}, [barrier_there];\n"
+      "}\n" ::"r"(shared),
+      "r"(barrier), "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
+
+// Transposes the 8 x 8 matrix of 16-bit values of which lane l holds (l / 4, 2 * (l % 4) + {0, 1}).
+__device__ inline uint32_t Transpose8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 __device__ inline uint16_t LoadShared16(uint32_t shared) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
@@ -49,6 +78,19 @@ __device__ inline bool ElectOne() {
 
 __device__ inline void MbarrierInit(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// At the same barrier of cluster rank `rank`; `barrier` is its address in the calling CTA. A
+// release at the cluster's scope would wait for all that the thread has in flight.
+__device__ inline void MbarrierArriveAt(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 }
 
 // Makes initialised barriers visible to the async proxy and to the cluster.
@@ -122,19 +164,14 @@ __device__ inline void TensorLoad2d(uint32_t shared, const CUtensorMap* map, int
       : "memory");
 }
 
-// Own shared memory to that of cluster rank `rank`; `shared_there` and `barrier` are given as the
-// addresses of the same objects in the calling CTA.
-__device__ inline void BulkSend(uint32_t shared_there, uint32_t shared_here, uint32_t bytes,
-                                uint32_t barrier, uint32_t rank) {
+// The same, to the same place and barrier of every CTA of the cluster whose bit of `ranks` is set.
+__device__ inline void TensorMulticast2d(uint32_t shared, const CUtensorMap* map, int inner,
+                                         int outer, uint32_t barrier, uint16_t ranks,
+                                         uint64_t policy) {
   asm volatile(
-      "{\n"
-      ".reg .b32 there, barrier_there;\n"
-      "mapa.shared::cluster.u32 there, %0, %4;\n"
-      "mapa.shared::cluster.u32 barrier_there, %3, %4;\n"
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
-      " [there], [%1], %2, [barrier_there];\n"
-      "}\n" ::"r"(shared_there),
-      "r"(shared_here), "r"(bytes), "r"(barrier), "r"(rank)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared),
+      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "h"(ranks), "l"(policy)
       : "memory");
 }
 
@@ -150,6 +187,11 @@ __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Counts for the barrier as NamedBarrier does, but does not wait.
+__device__ inline void NamedBarrierArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Changes the registers of each thread of the executing warpgroup.
 template <int kRegisters>
 __device__ inline void ReleaseRegisters() {
@@ -161,8 +203,9 @@ __device__ inline void TakeRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-__device__ inline void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+// Orders no memory: a release would wait for all that the thread has in flight.
+__device__ inline void ClusterArriveRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ inline void ClusterWait() {
