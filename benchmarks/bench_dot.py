@@ -171,7 +171,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _summary(options: argparse.Namespace, statuses: dict[str, int]) -> int:
     results = Store(options.output, resume=True)
-    report.print_summary(results.header, results.rows())
+    report.print_summary(results.header, results.rows(), report.Rivals(store.RESULTS / report.RIVALS))
     left = {
         column: sum(results.missing(cell, column) for cell in cells(options)) for column in options.columns
     }

@@ -98,9 +98,12 @@ class Layer:
         code = native.DTYPES[self.dtype]
         return Problem(m, self.n, self.k, self.group_size, code, code, int(self.zeros is not None), 0)
 
-    def kernel(self, x: Any, out: Any, config: str, device: native.Device) -> Callable[[int], None]:
+    def kernel(
+        self, x: Any, out: Any, config: str, device: native.Device, bias: Any = None
+    ) -> Callable[[int], None]:
         """Call i runs `config` on packed copy i."""
         problem = self.problem(x.shape[0])
+        problem.has_bias = int(bias is not None)
         size = self.library.workspace_bytes(problem, device, config)
         workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=DEVICE)
         operands = []
@@ -112,14 +115,14 @@ class Layer:
                     qweight=pointers[0],
                     scales=pointers[1],
                     zeros=None if self.zeros is None else pointers[2],
-                    bias=None,
+                    bias=None if bias is None else bias.data_ptr(),
                     out=out.data_ptr(),
                     workspace=workspace.data_ptr(),
                     workspace_bytes=size,
                     alpha=1.0,
                 )
             )
-        name, keep = config.encode(), (x, out, workspace)
+        name, keep = config.encode(), (x, out, bias, workspace)
 
         def call(i: int, _keep: Any = keep) -> None:
             self.library.run_cuda(problem, operands[i], name, stream())

@@ -24,6 +24,7 @@ class Problem(Structure):
         ("out_dtype", c_int),
         ("has_zeros", c_int32),
         ("has_bias", c_int32),
+        ("batch_invariant", c_int32),
     ]
 
 

@@ -20,16 +20,47 @@ BEGIN = "<!-- results -->"
 END = "<!-- /results -->"
 SPEEDUP_PLOT = "speedup.svg"
 LIMIT_PLOT = "limit.svg"
+RIVALS = "h200_rivals.json"
 LARGE_M = 512  # from here on the measure is dense_us / us
 
 
 def target(m: int) -> float:
     """The figure to reach at M: an upper bound of us/limit, or from M = 512 a lower bound of dense/us."""
-    if m <= 16:
-        return 1.5
-    if m <= 128:
-        return 2.2
-    return 1.45 if m <= 256 else 0.95
+    bounds = {8: 1.20, 16: 1.25, 32: 1.40, 64: 1.50, 128: 1.30, 256: 1.15}
+    return next((bound for most, bound in bounds.items() if m <= most), 1.0)
+
+
+def worst_target(m: int) -> float | None:
+    """The same for the worst shape; None where there is none."""
+    return 1.35 if m <= 8 else 0.97 if m >= LARGE_M else None
+
+
+class Rivals:
+    """What the fastest other library took on such a card, in the same protocol: results/h200_rivals.json.
+
+    Cells are compared by ratio to the read floor or, from M = 128, to dense cuBLAS, each as measured beside
+    it, so that two cards can be compared.
+    """
+
+    def __init__(self, path: Path):
+        self.rows: dict[tuple, Row] = {}
+        if path.exists():
+            rows = json.loads(path.read_text())["rows"]
+            self.rows = {(row["N"], row["K"], row["M"]): row for row in rows}
+
+    def limit_ratio(self, row: Row) -> float | None:
+        """best_us / limit in the rivals' own run."""
+        rival = self.rows.get((row["N"], row["K"], row["M"]))
+        if rival is None:
+            return None
+        return rival["best_us"] / limit_us(rival["floor_us"], row["M"], row["N"], row["K"])
+
+    def lead(self, row: Row) -> float | None:
+        """How many times as fast as the best rival; None where either was not measured."""
+        rival = self.rows.get((row["N"], row["K"], row["M"]))
+        by = "floor_us" if row["M"] <= 64 else "dense_us"
+        ours = ratio("us", by)(row)
+        return None if rival is None or ours is None else rival["best_us"] / rival[by] / ours
 
 
 def geomean(values: Iterable[float]) -> float | None:
@@ -81,12 +112,18 @@ def _text(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def print_summary(header: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def _within(m: int, value: float | None, bound: float | None) -> bool:
+    if bound is None:
+        return True
+    return value is not None and (value <= bound if m < LARGE_M else value >= bound)
+
+
+def print_summary(header: Mapping[str, Any], rows: Sequence[Row], rivals: Rivals) -> None:
     """Geometric means over the shapes against the figures to reach."""
     facts = ("device", "library", "jax", "torch", "driver", "date")
     print("  ".join(f"{name} {header[name]}" for name in facts if header.get(name)))
-    titles = ("us/limit", "worst", "to reach", "", "dense/us", "least", "tiny/us", "jit/us",
-              "jit_dense/jit", "jit_xla/jit")  # fmt: skip
+    titles = ("us/limit", "worst", "to reach", "", "dense/us", "least", "rival/limit", "ahead in", "tiny/us",
+              "jit/us", "jit_dense/jit", "jit_xla/jit")  # fmt: skip
     for dtype in _dtypes(rows):
         mine = [row for row in rows if row["dtype"] == dtype]
         print(f"\n{dtype}: geometric means over {len({(r['N'], r['K']) for r in mine})} shapes")
@@ -97,7 +134,10 @@ def print_summary(header: Mapping[str, Any], rows: Sequence[Row]) -> None:
             speedups = values(at, ratio("dense_us", "us"))
             judged = geomean(limits if m < LARGE_M else speedups)
             bound = target(m)
-            met = judged is not None and (judged <= bound if m < LARGE_M else judged >= bound)
+            worst = max(limits, default=None) if m < LARGE_M else min(speedups, default=None)
+            met = _within(m, judged, bound) and _within(m, worst, worst_target(m))
+            leads = values(at, rivals.lead)
+            ahead = sum(lead >= 1 for lead in leads)
             fields = [
                 _text(geomean(limits)),
                 _text(max(limits, default=None)),
@@ -105,18 +145,28 @@ def print_summary(header: Mapping[str, Any], rows: Sequence[Row]) -> None:
                 "" if judged is None else "met" if met else "MISSED",
                 _text(geomean(speedups)),
                 _text(min(speedups, default=None)),
+                _text(geomean(values(at, rivals.limit_ratio))),
+                f"{ahead} of {len(leads)}" if leads else "",
                 _text(geomean(values(at, ratio("tinygemm_us", "us")))),
                 _text(geomean(values(at, ratio("jit_us", "us")))),
                 _text(geomean(values(at, ratio("jit_dense_us", "jit_us")))),
                 _text(geomean(values(at, ratio("jit_xla_us", "jit_us")))),
             ]
             print(f"{m:6d} " + " ".join(f"{field:>13}" for field in fields))
+        behind = [
+            f"{row['N']}x{row['K']} M={row['M']} {lead:.2f}"
+            for row in mine
+            if (lead := rivals.lead(row)) is not None and lead < 1
+        ]
+        print(f"behind the best rival in {len(behind)} of {len(values(mine, rivals.lead))} cells: ", end="")
+        print(", ".join(behind) or "-")
 
 
-def markdown(header: Mapping[str, Any], rows: Sequence[Row], plots: str) -> str:
+def markdown(header: Mapping[str, Any], rows: Sequence[Row], rivals: Rivals, plots: str) -> str:
     """The README's part: the table and the plots, which lie in the folder `plots`."""
     columns = (
         ("time / limit", ratio("us", "limit")),
+        ("the best rival's", rivals.limit_ratio),
         ("faster than dense cuBLAS", ratio("dense_us", "us")),
         ("than tinygemm", ratio("tinygemm_us", "us")),
         ("under jit: than `jnp.dot`", ratio("jit_dense_us", "jit_us")),
@@ -243,14 +293,15 @@ def main(argv: list[str] | None = None) -> int:
     readme = options.readme or root / "README.md"
     content = json.loads(options.results.read_text())
     header, rows = content["header"], content["rows"]
-    print_summary(header, rows)
     folder = options.results.resolve().parent
+    rivals = Rivals(folder / RIVALS)
+    print_summary(header, rows, rivals)
     if not options.no_plots:
         for path in draw(header, rows, folder):
             print(f"wrote {path}")
     try:
         plots = folder.relative_to(readme.resolve().parent).as_posix()
-        readme.write_text(replace_part(readme.read_text(), markdown(header, rows, plots)))
+        readme.write_text(replace_part(readme.read_text(), markdown(header, rows, rivals, plots)))
     except (OSError, ValueError) as error:
         print(f"{readme} is unchanged: {error}", file=sys.stderr)
         return 1

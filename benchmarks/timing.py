@@ -142,15 +142,22 @@ def time_graphs(graphs: Mapping[str, Graph]) -> dict[str, float]:
     }
 
 
-def time_steps(step: Callable[[Any], tuple[Any, Any]], carry: Any) -> tuple[float, Any, Any]:
+def time_steps(
+    step: Callable[[Any], tuple[Any, Any]], carry: Any, warm_s: float = 0.0
+) -> tuple[float, Any, Any]:
     """Wall time in seconds of `carry, out = step(carry)` in JAX, and its last carry and output.
 
     Executions follow one another without waiting, so the dispatch overlaps the device's work. The
-    carry may be donated.
+    carry may be donated. `warm_s` seconds of executions come first: until buffers have been at all the
+    addresses that they will be at, an execution also records its command buffer anew.
     """
     import jax
 
     carry, out = jax.block_until_ready(step(carry))
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < warm_s:
+        carry, out = step(carry)
+    carry, out = jax.block_until_ready((carry, out))
     begin = time.perf_counter()
     carry, out = jax.block_until_ready(step(carry))
     repeats = max(1, math.ceil(SAMPLE_S / (time.perf_counter() - begin)))

@@ -26,10 +26,17 @@ void ThrowIfFailed(const w4a16_status& status) {
 // Calls `body(problem, device)` with the arguments that the three look-ups share.
 template <typename Body>
 auto WithProblem(int64_t m, int64_t n, int64_t k, int64_t group_size, const std::string& x_dtype,
-                 const std::string& out_dtype, bool has_zeros, bool has_bias,
+                 const std::string& out_dtype, bool has_zeros, bool has_bias, bool batch_invariant,
                  int compute_capability, int num_sms, Body&& body) {
-  const w4a16_problem problem = {
-      m, n, k, group_size, ParseDType(x_dtype), ParseDType(out_dtype), has_zeros, has_bias};
+  const w4a16_problem problem = {m,
+                                 n,
+                                 k,
+                                 group_size,
+                                 ParseDType(x_dtype),
+                                 ParseDType(out_dtype),
+                                 has_zeros,
+                                 has_bias,
+                                 batch_invariant};
   const w4a16_device device = {compute_capability, num_sms};
   return body(problem, device);
 }
@@ -99,11 +106,11 @@ NB_MODULE(_w4a16, m) {
   m.def(
       "select",
       [](int64_t m, int64_t n, int64_t k, int64_t group_size, const std::string& x_dtype,
-         const std::string& out_dtype, bool has_zeros, bool has_bias, int compute_capability,
-         int num_sms, int64_t workspace_limit) {
+         const std::string& out_dtype, bool has_zeros, bool has_bias, bool batch_invariant,
+         int compute_capability, int num_sms, int64_t workspace_limit) {
         return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, compute_capability,
-            num_sms, [&](const auto& problem, const auto& device) {
+            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
+            compute_capability, num_sms, [&](const auto& problem, const auto& device) {
               const char* config = nullptr;
               int64_t bytes = 0;
               ThrowIfFailed(w4a16_select(&problem, &device, workspace_limit, &config));
@@ -112,16 +119,16 @@ NB_MODULE(_w4a16, m) {
             });
       },
       nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"), nb::arg("x_dtype"),
-      nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
+      nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"), nb::arg("batch_invariant"),
       nb::arg("compute_capability"), nb::arg("num_sms"), nb::arg("workspace_limit") = -1);
   m.def(
       "workspace_bytes",
       [](const std::string& config, int64_t m, int64_t n, int64_t k, int64_t group_size,
          const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         int compute_capability, int num_sms) {
+         bool batch_invariant, int compute_capability, int num_sms) {
         return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, compute_capability,
-            num_sms, [&](const auto& problem, const auto& device) {
+            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
+            compute_capability, num_sms, [&](const auto& problem, const auto& device) {
               int64_t bytes = 0;
               ThrowIfFailed(w4a16_workspace_bytes(&problem, &device, config.c_str(), &bytes));
               return bytes;
@@ -129,15 +136,16 @@ NB_MODULE(_w4a16, m) {
       },
       nb::arg("config"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
       nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
-      nb::arg("compute_capability"), nb::arg("num_sms"));
+      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"));
   m.def(
       "can_implement",
       [](const std::string& config, int64_t m, int64_t n, int64_t k, int64_t group_size,
          const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         int compute_capability, int num_sms) {
+         bool batch_invariant, int compute_capability, int num_sms) {
         return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, compute_capability,
-            num_sms, [&](const auto& problem, const auto& device) -> std::optional<std::string> {
+            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
+            compute_capability, num_sms,
+            [&](const auto& problem, const auto& device) -> std::optional<std::string> {
               const w4a16_status status = w4a16_can_implement(&problem, &device, config.c_str());
               if (status.code == W4A16_OK) return std::nullopt;
               if (status.code == W4A16_UNSUPPORTED) return status.message;
@@ -146,6 +154,6 @@ NB_MODULE(_w4a16, m) {
       },
       nb::arg("config"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
       nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
-      nb::arg("compute_capability"), nb::arg("num_sms"),
+      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
       "Why `config` cannot serve the problem, or None if it can.");
 }

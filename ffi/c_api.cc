@@ -96,7 +96,8 @@ Status CheckWeight(int64_t k, int64_t n, int64_t group_size, const uint32_t* qwe
                      .x_dtype = scale_dtype,
                      .out_dtype = scale_dtype,
                      .has_zeros = zeros != nullptr,
-                     .has_bias = 0};
+                     .has_bias = 0,
+                     .batch_invariant = 0};
   if (Status s = CheckProblem(p); !s.ok()) return s;
   const Operands o = {.x = values,
                       .qweight = qweight,

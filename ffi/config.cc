@@ -11,14 +11,15 @@ namespace {
 constexpr Config kConfigs[] = {
 #define W4A16_COSTS(START, STEP, TILE, FILL) \
   .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, .fill = FILL##f
-#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT, ...)                \
-  {.name = "decode_" #N "x" #M "_w" #WARPS "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kDecode,                                        \
-   .tile_n = N,                                                      \
-   .tile_m = M,                                                      \
-   .warps = WARPS,                                                   \
-   .stages = STAGES,                                                 \
-   .split_k = SPLIT,                                                 \
+#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                     \
+  {.name = "decode_" #N "x" #M "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kDecode,                                                   \
+   .tile_n = N,                                                                 \
+   .tile_m = M,                                                                 \
+   .warps = WARPS,                                                              \
+   .team = TEAM,                                                                \
+   .stages = STAGES,                                                            \
+   .split_k = SPLIT,                                                            \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)           \
   {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
@@ -27,6 +28,14 @@ constexpr Config kConfigs[] = {
    .tile_m = M,                                         \
    .stages = STAGES,                                    \
    .split_k = SPLIT,                                    \
+   W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_PERSISTENT(N, M, STAGES, CLUSTER, ...)           \
+  {.name = "persistent_" #N "x" #M "_s" #STAGES "_c" #CLUSTER, \
+   .family = Family::kPersistent,                              \
+   .tile_n = N,                                                \
+   .tile_m = M,                                                \
+   .stages = STAGES,                                           \
+   .cluster_n = CLUSTER,                                       \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_CUTLASS(N, M, CN, CM, SCHEDULE, SCHEDULER, ...)                  \
   {.name = "cutlass_" #N "x" #M "_c" #CN "x" #CM "_" #SCHEDULE "_" #SCHEDULER, \
@@ -42,6 +51,7 @@ constexpr Config kConfigs[] = {
 #undef W4A16_COSTS
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
 };
 
@@ -63,6 +73,8 @@ const char* FamilyName(Family family) {
       return "decode";
     case Family::kWgmma:
       return "wgmma";
+    case Family::kPersistent:
+      return "persistent";
     case Family::kCutlass:
       return "cutlass";
   }
@@ -80,12 +92,46 @@ const Config* FindConfig(std::string_view name) {
   return nullptr;
 }
 
+namespace {
+
+// What Hopper's kernels ask of a problem: why none of them can serve, or null.
+const char* HopperRefusal(const Problem& p, int compute_capability) {
+  if (compute_capability != 90) return "compiled for compute capability 9.0 alone";
+  // TMA: row strides are multiples of 16 bytes.
+  if (p.n % 8 != 0) return "N is not a multiple of 8";
+  if (p.k % 8 != 0) return "K is not a multiple of 8";
+  if (p.m == 0 || p.n == 0 || p.k == 0) return "M, N or K is 0";
+  return nullptr;
+}
+
+// The configuration that serves a batch-invariant problem whatever M is, where Hopper's cannot.
+bool IsInvariantDecode(const Config& config) {
+  for (const Config& c : kConfigs) {
+    if (c.family == Family::kDecode && c.tile_m == 16 && c.split_k == 1) return &c == &config;
+  }
+  return false;
+}
+
+// Batch-invariant problems are left to configurations that all sum in one order. wgmma without
+// split-K adds up the steps of K one after the other, whatever the tile; decode's order depends on
+// the configuration, so there is only one.
+bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& config) {
+  if (HopperRefusal(p, compute_capability) == nullptr)
+    return (config.family == Family::kWgmma && config.split_k == 1) ||
+           config.family == Family::kPersistent;
+  return IsInvariantDecode(config);
+}
+
+}  // namespace
+
 Status CanImplement(const Problem& p, const Device& device, const Config& config) {
   const int cc = device.compute_capability;
   if (p.x_dtype == W4A16_F32)
     return Refuse(config, "x is float32; CUDA kernels take float16 or bfloat16");
   if (cc < 80)
     return Refuse(config, "needs compute capability 8.0 or later, got " + std::to_string(cc));
+  if (p.batch_invariant && !SumsInOneOrder(p, cc, config))
+    return Refuse(config, "sums in an order of its own; a batch-invariant result needs one order");
   if (config.family == Family::kDecode) {
     if (config.split_k > 1 && cc < 90)
       return Refuse(config, "split-K is a cluster, which needs compute capability 9.0 or later");
@@ -95,18 +141,14 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
                                 std::to_string(most));
     return {};
   }
-  if (cc != 90) return Refuse(config, "compiled for compute capability 9.0 alone");
-  // TMA: row strides are multiples of 16 bytes.
-  if (p.n % 8 != 0) return Refuse(config, "N is not a multiple of 8");
-  if (p.k % 8 != 0) return Refuse(config, "K is not a multiple of 8");
-  if (p.m == 0 || p.n == 0 || p.k == 0) return Refuse(config, "M, N or K is 0");
+  if (const char* why = HopperRefusal(p, cc); why != nullptr) return Refuse(config, why);
   if (config.family == Family::kCutlass) {
     if (p.k < kBlockK) return Refuse(config, "K is less than 64");
     if (p.has_zeros) return Refuse(config, "zero points are not compiled into the CUTLASS kernels");
     if (p.out_dtype != p.x_dtype) return Refuse(config, "float32 output is not compiled in");
-    if (p.group_size < p.k && p.group_size % kBlockK != 0)
-      return Refuse(config, "group size is not a multiple of 64");
   }
+  if (config.family != Family::kWgmma && p.group_size < p.k && p.group_size % kBlockK != 0)
+    return Refuse(config, "group size is not a multiple of 64");
   return {};
 }
 

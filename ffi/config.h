@@ -7,21 +7,18 @@
 #include <string_view>
 
 #include "problem.h"
+#include "schedule.h"
 
 namespace w4a16 {
 
 enum class Family {
-  kDecode,   // cuda/decode.cuh: mma.sync, every GPU from sm_80, any problem
-  kWgmma,    // cuda/gemm_wgmma.cuh: packed weights as wgmma's register operand, sm_90a
-  kCutlass,  // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a
+  kDecode,      // cuda/decode.cuh: mma.sync, every GPU from sm_80, any problem
+  kWgmma,       // cuda/gemm_wgmma.cuh: packed weights as wgmma's register operand, sm_90a
+  kPersistent,  // cuda/gemm_persistent.cuh: likewise, one CTA per SM for all its tiles, sm_90a
+  kCutlass,     // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a
 };
 
 const char* FamilyName(Family family);
-
-enum class Schedule { kNone, kCooperative, kPingpong };
-const char* FamilyName(Family family);
-
-enum class Scheduler { kDataParallel, kStreamK };
 
 // Tiles are (N, M) = (weight rows, tokens): every kernel computes the transposed product w^T x^T.
 struct Config {
@@ -29,7 +26,8 @@ struct Config {
   Family family;
   int tile_n;
   int tile_m;
-  int warps = 0;      // decode: warps that share a tile's K
+  int warps = 0;      // decode: warps of a CTA; teams of them share a tile's K,
+  int team = 1;       // a team's warps share its N
   int stages = 0;     // depth of the pipeline (0: chosen by CUTLASS)
   int split_k = 1;    // CTAs (a cluster) that share a tile's K, summed in fixed order
   int cluster_n = 1;  // CTAs along N and M that share loads by multicast

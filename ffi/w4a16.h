@@ -56,6 +56,8 @@ typedef struct {
   w4a16_dtype out_dtype; /* x_dtype or W4A16_F32 */
   int32_t has_zeros;
   int32_t has_bias;
+  int32_t
+      batch_invariant; /* a row's result must not depend on M or on the other rows, to the bit */
 } w4a16_problem;
 
 /* The arrays of a call. */

@@ -4,17 +4,12 @@ The choice depends on static facts alone, so that every process of a program mak
 """
 
 import dataclasses
-import functools
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from jax_w4a16 import _tuned
 from jax_w4a16._ffi import native
-
-TUNED_FOLDER = Path(__file__).parent / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +24,7 @@ class Problem:
     out_dtype: str
     has_zeros: bool
     has_bias: bool
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +50,6 @@ class NoKernelError(ValueError):
     """No compiled kernel serves a problem on a device."""
 
 
-@functools.cache
-def _tuned_table(folder: Path, kind: str) -> dict[str, str]:
-    path = folder / (re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_") + ".json")
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def tuned_key(problem: Problem) -> str:
-    """The key of a problem in configs/<device kind>.json, whose values are names of configurations."""
-    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(problem).items())
-
-
 def choose(problem: Problem, device: Device, explicit: str | None = None) -> tuple[str, int]:
     """Name and workspace, in bytes, of the configuration that serves `problem` on `device`.
 
@@ -81,8 +66,12 @@ def choose(problem: Problem, device: Device, explicit: str | None = None) -> tup
         if refusal is not None:
             raise ValueError(f"config {explicit!r} cannot serve: {refusal}")
         return explicit, native.workspace_bytes(explicit, **facts)
-    tuned = _tuned_table(TUNED_FOLDER, device.kind).get(tuned_key(problem), "")
-    if tuned in native.build_info()["configs"] and native.can_implement(tuned, **facts) is None:
+    tuned = _tuned.lookup(device.kind, problem)
+    if (
+        tuned is not None
+        and tuned in native.build_info()["configs"]
+        and native.can_implement(tuned, **facts) is None
+    ):
         return tuned, native.workspace_bytes(tuned, **facts)
     try:
         return native.select(**facts)

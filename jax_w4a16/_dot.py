@@ -21,6 +21,7 @@ def dot(
     bias=None,
     alpha: float = 1.0,
     preferred_element_type=None,
+    batch_invariant: bool = False,
     implementation: str = "auto",
 ) -> jax.Array:
     """alpha * x @ w + bias for a weight w [K, N] of packed 4-bit codes.
@@ -39,6 +40,9 @@ def dot(
       bias: [N] of x's type, or None.
       alpha: a number.
       preferred_element_type: type of the result: x's (default) or float32.
+      batch_invariant: sums run along K in one order whatever M is, so that a row's result is the same, to the
+        bit, alone and in any batch. Costs time on a GPU at small M; CPU kernels always do so. A kernel's
+        promise: the reference makes none.
       implementation: "cuda" or "cpu", the kernels; "reference", plain JAX; "auto", the kernel of the
         platform, or the reference, with a warning, where there is none that can serve.
 
@@ -85,13 +89,15 @@ def dot(
         raise ValueError(
             "implementation: expected one that this build has, got 'cuda'; it has no CUDA kernels"
         )
-    params = (size, _checks.real("alpha", alpha), out_dtype, implementation)
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: expected True or False, got {batch_invariant!r}")
+    params = (size, _checks.real("alpha", alpha), out_dtype, batch_invariant, implementation)
     return _dot(x, qweight, scales, zeros, bias, params)
 
 
 @functools.partial(jax.jit, static_argnums=5, inline=True)
 def _dot(x, qweight, scales, zeros, bias, params):
-    group_size, alpha, out_dtype, implementation = params
+    group_size, alpha, out_dtype, batch_invariant, implementation = params
     return _primitive.dot(
         x,
         qweight,
@@ -101,6 +107,7 @@ def _dot(x, qweight, scales, zeros, bias, params):
         group_size=group_size,
         alpha=alpha,
         out_dtype=out_dtype,
+        batch_invariant=batch_invariant,
         implementation=implementation,
     )
 

@@ -39,6 +39,7 @@ def dot(
     group_size: int,
     alpha: float = 1.0,
     out_dtype=None,
+    batch_invariant: bool = False,
     implementation: str = "auto",
     config: str | None = None,
 ):
@@ -49,6 +50,7 @@ def dot(
         "group_size": group_size,
         "alpha": alpha,
         "out_dtype": jnp.dtype(x.dtype if out_dtype is None else out_dtype),
+        "batch_invariant": batch_invariant,
         "implementation": implementation,
         "config": config,
     }
@@ -153,7 +155,18 @@ def _custom_call(ctx, target: str, operands, *, workspace_bytes: int = 0, **attr
 
 
 def _dot_kernel(
-    ctx, platform: str, operands, *, group_size, alpha, out_dtype, has_zeros, has_bias, config, **_
+    ctx,
+    platform: str,
+    operands,
+    *,
+    group_size,
+    alpha,
+    out_dtype,
+    has_zeros,
+    has_bias,
+    batch_invariant,
+    config,
+    **_,
 ):
     x, n = ctx.avals_in[0], ctx.avals_out[0].shape[-1]
     workspace_bytes = 0
@@ -162,9 +175,9 @@ def _dot_kernel(
         config = config or "auto"
     else:
         m = math.prod(x.shape[:-1])
-        problem = _config.Problem(
-            m, n, x.shape[-1], group_size, x.dtype.name, out_dtype.name, has_zeros, has_bias
-        )
+        dtypes = x.dtype.name, out_dtype.name
+        options = has_zeros, has_bias, batch_invariant
+        problem = _config.Problem(m, n, x.shape[-1], group_size, *dtypes, *options)
         config, workspace_bytes = _config.choose(problem, gpu, config)
     return _custom_call(
         ctx,
@@ -175,6 +188,7 @@ def _dot_kernel(
         alpha=np.float32(alpha),
         has_zeros=has_zeros,
         has_bias=has_bias,
+        batch_invariant=batch_invariant,
         config=config,
     )
 
@@ -286,7 +300,8 @@ def _group_sums(x, group_size: int):
 def _dot_jvp(primals, tangents, *, has_zeros, has_bias, **params):
     x, qweight, scales, zeros, bias = _split(primals, 3, has_zeros, has_bias)
     dx, _, dscales, dzeros, dbias = _split(tangents, 3, has_zeros, has_bias)
-    shared = {name: params[name] for name in ("group_size", "alpha", "implementation", "config")}
+    names = ("group_size", "alpha", "batch_invariant", "implementation", "config")
+    shared = {name: params[name] for name in names}
     out = dot(x, qweight, scales, zeros, bias, out_dtype=params["out_dtype"], **shared)
     terms = []
     if type(dx) is not ad.Zero:

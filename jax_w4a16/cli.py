@@ -1,14 +1,15 @@
-"""The command line: python -m jax_w4a16 {demo,info,verify}."""
+"""The command line: python -m jax_w4a16 {demo,info,tune,verify}."""
 
 import argparse
 import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import jax
 
-from jax_w4a16 import _config, _ffi, _verify, demo
+from jax_w4a16 import _autotune, _config, _ffi, _verify, demo
 
 
 def _installed(package: str) -> str:
@@ -61,6 +62,34 @@ def _serves(kernel: _verify.Kernel) -> str:
     return "ok" if None in reasons else f"cannot run: {reasons[-1]}"
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split(","))
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text!r}")
+    return sizes
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    shapes = [_sizes(shape.replace("x", ",")) for shape in text.split(",")]
+    if any(len(shape) != 2 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"expected NxK, joined by commas, got {text!r}")
+    return tuple((n, k) for n, k in shapes)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    shapes = arguments.shapes
+    if arguments.model_config is not None:
+        shapes = _autotune.shapes_of_model(arguments.model_config)
+    return _autotune.main(
+        shapes,
+        arguments.m,
+        dtypes=("float16", "bfloat16") if arguments.dtype == "both" else (arguments.dtype,),
+        group_size=arguments.group_size,
+        zeros=arguments.zeros,
+        output=arguments.output,
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jax_w4a16",
@@ -78,6 +107,25 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "show versions, devices, and the kernels that this machine can run"
     commands.add_parser("info", help=text, description=text.capitalize() + ".")
+
+    text = "time every configuration on this GPU, and store the fastest for later runs"
+    command = commands.add_parser("tune", help=text, description=text.capitalize() + ".")
+    source = command.add_mutually_exclusive_group()
+    source.add_argument(
+        "--shapes",
+        type=_shapes,
+        default=_autotune.LLAMA_3_8B,
+        metavar="NxK,...",
+        help="default: Llama 3 8B's",
+    )
+    source.add_argument("--model-config", type=Path, metavar="FILE", help="a Hugging Face config.json")
+    command.add_argument("--m", type=_sizes, default=_autotune.M, metavar="M,...", help="numbers of tokens")
+    command.add_argument("--dtype", choices=("float16", "bfloat16", "both"), default="bfloat16")
+    command.add_argument("--group-size", type=int, default=128, help="-1: per column (default: 128)")
+    command.add_argument("--zeros", action="store_true", help="weights with zero points")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: the user's cache, where it is looked up"
+    )
 
     text = "test every kernel that this machine can run against NumPy"
     command = commands.add_parser("verify", help=text, description=text.capitalize() + ".")
@@ -99,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _info()
         if arguments.command == "verify":
             return _verify.main(arguments.kernel, arguments.case)
+        if arguments.command == "tune":
+            return _tune(arguments)
         return demo.main(arguments.model)
-    except (FileNotFoundError, ImportError) as error:
+    except (FileNotFoundError, ImportError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

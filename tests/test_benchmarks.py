@@ -164,23 +164,36 @@ class TestReport:
         assert report.ideal_speedup(row()) == pytest.approx(3.88, abs=0.01)
         assert report.ideal_speedup(row(m=8192)) == 1.0
 
-    def test_summary_judges_each_regime(self, capsys):
+    def test_summary_judges_each_regime(self, capsys, tmp_path):
         rows = [
-            row(m=1, us=7.0),  # 1.4 of the limit
+            row(m=1, us=5.9),  # 1.18 of the limit
+            row(m=2, us=5.0),
+            row(m=2, us=6.9, shape=(8192, 8192)),  # 1.38: the mean is met, not the worst
             row(m=16, us=8.0),  # 1.6
-            row(m=1024, us=50.0, dense_us=48.0),  # 0.96 of dense
+            row(m=1024, us=50.0, dense_us=51.0),  # 1.02 of dense
             row(m=2048, us=100.0, dense_us=90.0),
         ]
-        report.print_summary({"device": "a card"}, rows)
+        rivals = [
+            {"N": 4096, "K": 4096, "M": 1, "floor_us": 4.0, "best_us": 4.4, "dense_us": 9.0},
+            {"N": 4096, "K": 4096, "M": 1024, "floor_us": 4.0, "best_us": 40.0, "dense_us": 40.0},
+        ]
+        path = tmp_path / report.RIVALS
+        path.write_text(json.dumps({"rows": rivals}))
+        report.print_summary({"device": "a card"}, rows, report.Rivals(path))
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
         assert " met " in lines["1"]
+        assert "MISSED" in lines["2"]
         assert "MISSED" in lines["16"]
         assert " met " in lines["1024"]
         assert "MISSED" in lines["2048"]
+        assert " 0 of 1 " in lines["1"]
+        assert " 1 of 1 " in lines["1024"]
+        assert lines["behind"].endswith("in 1 of 2 cells: 4096x4096 M=1 0.93")
 
     def test_readme_part_is_replaced_and_the_rest_kept(self):
         header = {"device": "a card", "library": "1.2.3", "date": "2026-01-02T03:04"}
-        part = report.markdown(header, [row(), row(m=512, us=50.0, dense_us=50.0)], "results")
+        rows = [row(), row(m=512, us=50.0, dense_us=50.0)]
+        part = report.markdown(header, rows, report.Rivals(Path("no such file")), "results")
         assert "| M | time / limit, bfloat16 | faster than dense cuBLAS, bfloat16 |" in part
         assert "| 1 | 1.20 | 3.00 |" in part
         assert "tinygemm" not in part  # it was not measured

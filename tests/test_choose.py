@@ -1,6 +1,8 @@
 """Which configuration a call is lowered with: asked for, else tuned, else the heuristic's. Needs no GPU."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import oracle
 import pytest
 
 import jax_w4a16
-from jax_w4a16 import _config, _ffi, _primitive
+from jax_w4a16 import _config, _ffi, _primitive, _tuned
 
 H200 = _config.Device("NVIDIA H200", 90, 132)
 PROBLEM = _config.Problem(4, 256, 512, 128, "bfloat16", "bfloat16", False, False)
@@ -44,16 +46,55 @@ def test_explicit_that_cannot_serve():
             _config.choose(PROBLEM, old, name)
 
 
-def test_tuned_comes_before_the_heuristic(monkeypatch, tmp_path):
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder; the path in it of the choices for H200."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return _tuned.path(H200.kind)
+
+
+def choice(config, problem=PROBLEM):
+    return {**vars(problem), "config": config, "us": 1.0}
+
+
+def test_tuned_comes_before_the_heuristic(cache):
     heuristic, _ = _config.choose(PROBLEM, H200)
     tuned = next(name for name in able() if name != heuristic)
-    other = _config.Problem(5, 256, 512, 128, "bfloat16", "bfloat16", False, False)
-    table = {_config.tuned_key(PROBLEM): tuned, _config.tuned_key(other): "gone_from_this_build"}
-    (tmp_path / "nvidia_h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(_config, "TUNED_FOLDER", tmp_path)
+    other = dataclasses.replace(PROBLEM, m=5)
+    _tuned.save(cache, H200.kind, [choice(tuned), choice("gone_from_this_build", other)])
     assert _config.choose(PROBLEM, H200)[0] == tuned
+    assert _config.choose(dataclasses.replace(PROBLEM, has_bias=True), H200)[0] == tuned
     assert _config.choose(other, H200) == _ffi.native.select(**{**FACTS, "m": 5})
     assert _config.choose(PROBLEM, H200, heuristic)[0] == heuristic
+    _tuned.save(cache, H200.kind, [choice(heuristic), choice(tuned, dataclasses.replace(PROBLEM, m=6))])
+    assert _config.choose(PROBLEM, H200)[0] == heuristic
+    assert len(_tuned.load(cache, H200.kind)) == 3
+
+
+GOOD = {"schema": 1, "device": H200.kind, "build": _tuned.build(), "choices": []}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "Expecting"),
+        ("[]", "expected an object, got list"),
+        (json.dumps(GOOD | {"schema": 0}), "schema: expected 1, got 0"),
+        (json.dumps(GOOD | {"device": "another"}), "device: expected 'NVIDIA H200', got 'another'"),
+        (json.dumps(GOOD | {"build": "0.0.1-ab"}), "build: expected "),
+        (json.dumps(GOOD | {"choices": None}), "choices: expected a list"),
+        (json.dumps(GOOD | {"choices": [{"config": "a"}]}), "choices: expected a list"),
+        (json.dumps(GOOD | {"choices": [choice("a") | {"m": []}]}), "choices: expected a list"),
+    ],
+)
+def test_a_bad_file_is_ignored_with_one_warning(cache, text, why):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(text)
+    with pytest.warns(UserWarning, match=re.escape(why)):
+        assert _config.choose(PROBLEM, H200) == _ffi.native.select(**FACTS)
+    assert _config.choose(PROBLEM, H200) == _ffi.native.select(**FACTS)  # warnings are errors
+    _tuned.save(cache, H200.kind, [choice(able()[-1])])
+    assert _config.choose(PROBLEM, H200)[0] == able()[-1]
 
 
 def lowered(monkeypatch, device=H200, m=4, **params):

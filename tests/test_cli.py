@@ -18,11 +18,23 @@ def test_help_names_every_command():
         check=True,
     )
     assert not ran.stderr
-    for command in ("demo", "info", "verify"):
+    for command in ("demo", "info", "tune", "verify"):
         assert f"\n    {command} " in ran.stdout
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["verify", "--nonsense"], ["info", "more"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["verify", "--nonsense"],
+        ["info", "more"],
+        ["tune", "--m", "0"],
+        ["tune", "--shapes", "4096"],
+        ["tune", "--shapes", "4096xK"],
+        ["tune", "--shapes", "16x64", "--model-config", "config.json"],
+    ],
+)
 def test_wrong_arguments(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)

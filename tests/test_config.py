@@ -18,7 +18,18 @@ HOPPER = {"compute_capability": 90, "num_sms": 132}
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672), (576, 2112)]
 
 
-def problem(m, n, k, *, group_size=128, x_dtype="bfloat16", out_dtype=None, has_zeros=False, has_bias=False):
+def problem(
+    m,
+    n,
+    k,
+    *,
+    group_size=128,
+    x_dtype="bfloat16",
+    out_dtype=None,
+    has_zeros=False,
+    has_bias=False,
+    batch_invariant=False,
+):
     return {
         "m": m,
         "n": n,
@@ -28,6 +39,7 @@ def problem(m, n, k, *, group_size=128, x_dtype="bfloat16", out_dtype=None, has_
         "out_dtype": out_dtype or x_dtype,
         "has_zeros": has_zeros,
         "has_bias": has_bias,
+        "batch_invariant": batch_invariant,
     }
 
 
@@ -79,7 +91,26 @@ def test_small_m_decodes_and_large_m_uses_wgmma():
     small, _ = _w4a16.select(**problem(1, 4096, 4096), **HOPPER)
     large, _ = _w4a16.select(**problem(4096, 4096, 4096), **HOPPER)
     assert family[small] == "decode"
-    assert family[large] in ("wgmma", "cutlass")
+    assert family[large] in ("wgmma", "persistent", "cutlass")
+
+
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (100, 200), (96, 100), (12, 64)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_batch_invariant_choices_share_one_order(n, k, capability):
+    configs = {c["name"]: c for c in _w4a16.configs()}
+    device = {"compute_capability": capability, "num_sms": 132}
+    names = set()
+    for m in (1, 2, 7, 8, 16, 17, 64, 100, 500, 4096):
+        args = problem(m, n, k, batch_invariant=True)
+        names.add(_w4a16.select(**args, **device)[0])
+        for name, c in configs.items():
+            if _w4a16.can_implement(name, **args, **device) is None:
+                assert c["split_k"] == 1
+                assert c["family"] != "cutlass"
+    families = {configs[name]["family"] for name in names}
+    assert len(families) == 1
+    assert families == {"wgmma"} or len(names) == 1
+    assert families == {"wgmma" if capability == 90 and n % 8 == k % 8 == 0 else "decode"}
 
 
 def test_without_workspace_nothing_that_needs_one():

@@ -295,3 +295,20 @@ def test_explicit_implementation_on_another_platform(monkeypatch):
 def test_primitive_shows_in_the_jaxpr():
     ops = oracle.operands(oracle.Case(2, 64, 16, 32))
     assert "w4a16_dot[" in str(jax.make_jaxpr(jax_w4a16.dot)(ops.x, ops.qweight, ops.scales))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("k", "n", "zeros"), [(512, 384, "none"), (1000, 136, "integer"), (300, 90, "fractional")]
+)
+def test_batch_invariant(kernel, k, n, zeros, dtype):
+    """A row alone, and among others at any place, is the same to the bit."""
+    most = 300
+    ops = oracle.operands(oracle.Case(most, k, n, 128, dtype, dtype, zeros))
+    weight = [None if a is None else jnp.asarray(a) for a in (ops.qweight, ops.scales, ops.zeros)]
+    options = {"group_size": 128, "implementation": kernel, "batch_invariant": True}
+    whole = np.asarray(jax_w4a16.dot(jnp.asarray(ops.x), *weight, **options))
+    for m in (1, 3, 8, 16, 33, 64, 128, 200):
+        begin = (most - m) // 2
+        part = np.asarray(jax_w4a16.dot(jnp.asarray(ops.x[begin : begin + m]), *weight, **options))
+        assert (part == whole[begin : begin + m]).all(), m

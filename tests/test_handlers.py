@@ -62,7 +62,14 @@ DOT = Call(
         "bias": array((N,), value=8),
     },
     {"out": struct((M, N))},
-    {"group_size": I64(G), "alpha": np.float32(1), "has_zeros": True, "has_bias": True, "config": "auto"},
+    {
+        "group_size": I64(G),
+        "alpha": np.float32(1),
+        "has_zeros": True,
+        "has_bias": True,
+        "batch_invariant": False,
+        "config": "auto",
+    },
 )
 PACK = Call(
     "w4a16_pack", {"codes": array((K, N), jnp.uint8, 9)}, {"qweight": struct(QWEIGHT, jnp.uint32)}, {}

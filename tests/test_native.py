@@ -29,6 +29,7 @@ class Problem(c.Structure):
         ("out_dtype", c.c_int),
         ("has_zeros", c.c_int32),
         ("has_bias", c.c_int32),
+        ("batch_invariant", c.c_int32),
     ]
 
 

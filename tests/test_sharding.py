@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import device_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,8 +21,12 @@ M, WIDTH, HIDDEN = 16, 512, 1024
 MODES = pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
 
-def mesh_of(shape, mode):
-    devices = np.array(jax.devices("cpu")[: int(np.prod(shape))]).reshape(shape)
+def mesh_of(shape, mode, platform="cpu"):
+    needed = int(np.prod(shape))
+    found = jax.devices(device_of(platform).platform)
+    if len(found) < needed:
+        pytest.skip(f"needs {needed} {platform} devices, found {len(found)}")
+    devices = np.array(found[:needed]).reshape(shape)
     return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(mode, mode))
 
 
@@ -75,10 +80,12 @@ def mlp(x, up, down, bias):
 @MODES
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4), (4, 2), (1, 2), (1, 4)])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_mlp_has_one_float32_all_reduce(mode, shape, symmetric):
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_mlp_has_one_float32_all_reduce(mode, shape, symmetric, platform):
+    mesh = mesh_of(shape, mode, platform)
     up, down, bias = mlp_weights(symmetric)
-    want = mlp(activations(), up, down, bias)
-    mesh = mesh_of(shape, mode)
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = mlp(activations(), up, down, bias)
     with jax.set_mesh(mesh):
         args = put(
             mesh,

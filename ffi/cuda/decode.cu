@@ -44,7 +44,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
       .group_shift = shift - 1,
       .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
       .stage_bytes = shared.stage_bytes,
-      .warp_bytes = shared.warp_bytes,
+      .team_bytes = shared.team_bytes,
       .x_aligned = p.k % 8 == 0,
       .n_aligned = p.n % 8 == 0,
       .out_float32 = p.out_dtype == W4A16_F32,

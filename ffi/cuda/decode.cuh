@@ -46,7 +46,7 @@
 
 namespace w4a16 {
 
-__host__ __device__ constexpr int Log2(int v) { return v > 1 ? 1 + Log2(v / 2) : 0; }
+__host__ __device__ constexpr int CeilLog2(int v) { return v > 1 ? 1 + CeilLog2((v + 1) / 2) : 0; }
 
 template <typename T>
 __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
@@ -54,122 +54,143 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   return ToFloat(*reinterpret_cast<const T*>(&bits));
 }
 
-inline constexpr int kMaxThreads = 256;
+// Threads of a CTA, at most: as many as the registers serve (128 or 255 each).
+__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
+  return tile_n * tile_m <= 64 * 8 * team ? 512 : 256;
+}
 
-// Fills a warp's stages, each with one unit of K: StageBlocks blocks.
-template <typename T, int kTileN, int kTileM, bool kZeros, int kParts>
+// Fills a team's stages, each with one unit of K (StageBlocks blocks), in order: the units `first`,
+// first + step, ...
+template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
 class StageLoader {
  public:
-  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int lane)
+  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int thread,
+                                         int first, int step)
       : p_(p),
-        lane_(lane),
+        thread_(thread),
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
         row_blocks_(p.blocks_n - n0 / kBlockN),
         policy_(EvictFirstPolicy()),
-        weights_(reinterpret_cast<const char*>(p.qweight) +
-                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * lane),
-        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0) * p.k) {}
+        k0_(first * kUnitK),
+        step_(step * kUnitK),
+        block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
+        weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
+                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
+        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0 + thread / kChunks) * p.k + k0_ +
+           thread % kChunks * 8) {}
 
-  // Starts the copies, as one group.
-  __device__ __forceinline__ void Load(uint32_t stage, int unit) const {
-    const int k0 = unit * kUnitK;
-    const char* weights =
-        weights_ + static_cast<int64_t>(unit * kBlocks) * p_.blocks_n * kBlockBytes;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        CopyAsync(stage + (b * kRowBlocks + r) * kBlockBytes + 16 * lane_,
-                  weights + r * kBlockBytes, r < row_blocks_ && (b == 0 || k0 + b * kBlockK < p_.k),
-                  policy_);
-      }
-      weights += static_cast<int64_t>(p_.blocks_n) * kBlockBytes;
-    }
-    const uint32_t x_stage = stage + kBlocks * kRowBlocks * kBlockBytes;
-    const uint32_t scale_stage = x_stage + p_.x_rows * kXRowBytes;
+  // Starts the copies of the next unit, as one group.
+  __device__ __forceinline__ void Load(uint32_t stage) {
+    LoadWeights(stage);
+    const uint32_t x_stage = stage + kBlocks * kTileBlocks * kBlockBytes;
+    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kTileM);
     if (!kGeneral || p_.x_aligned) {
-      LoadX(x_stage, k0);
+      LoadX(x_stage);
     } else {
-      LoadXUnaligned(x_stage, k0);
+      LoadXUnaligned(x_stage);
     }
     if (!kGeneral || p_.n_aligned) {
-      LoadScales(scale_stage, k0);
+      LoadScales(scale_stage);
     } else {
-      LoadScalesUnaligned(scale_stage, k0);
+      LoadScalesUnaligned(scale_stage);
     }
+    k0_ += step_;
+    weights_ += step_ / kBlockK * block_row_bytes_;
+    x_ += step_;
   }
 
  private:
+  static constexpr int kThreads = 32 * kTeam;
   static constexpr int kBlocks = StageBlocks(kTileM);
   static constexpr int kUnitK = kBlocks * kBlockK;
-  static constexpr int kRowBlocks = kTileN / kBlockN;
-  static constexpr int kXRowBytes = 2 * kUnitK;
+  static constexpr int kTileBlocks = kTileN / kBlockN;
+  static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
   static constexpr bool kGeneral = kParts == 2 * kBlocks;
   static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
 
-  static __device__ __forceinline__ uint32_t XOffset(int row, int chunk) {
-    return row * kXRowBytes + 16 * (chunk ^ (row & 7));
-  }
-
-  __device__ __forceinline__ void LoadX(uint32_t dst, int k0) const {
-    constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a row
-    const int chunk = lane_ % kChunks, k = k0 + 8 * chunk;
-    const bool valid = k < p_.k;  // else zeros, from an address that is not read
-    const T* x = x_ + static_cast<int64_t>(lane_ / kChunks) * p_.k + k;
+  __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
+    const uint32_t dst = stage + 16 * thread_;
+    if (row_blocks_ >= kTileBlocks && k0_ + kUnitK <= p_.k) {
 #pragma unroll
-    for (int first = 0; first < kTileM; first += 32 / kChunks) {
-      const int row = first + lane_ / kChunks;
-      CopyAsyncShared(dst + XOffset(row, chunk), x + static_cast<int64_t>(first) * p_.k,
-                      row < rows_, valid);
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < kTileBlocks; r += kTeam)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
+    } else {
+      const int row_blocks = row_blocks_ - thread_ / 32;
+#pragma unroll 1
+      for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
+#pragma unroll 1
+        for (int r = 0; r < kTileBlocks && r < row_blocks; r += kTeam)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
     }
   }
 
-  __device__ __forceinline__ void LoadXUnaligned(uint32_t dst, int k0) const {
-    for (int i = lane_; i < rows_ * kUnitK; i += 32) {
+  __device__ __forceinline__ void LoadX(uint32_t dst) const {
+    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
+    const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
+    dst += row * XRowBytes(kTileM) + 16 * chunk;
+#pragma unroll
+    for (int first = 0; first < kTileM; first += kThreads / kChunks)
+      CopyAsyncShared(dst + first * XRowBytes(kTileM), x_ + static_cast<int64_t>(first) * p_.k,
+                      first + row < rows_, valid);
+  }
+
+  __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
+    // From the first of the rows, where aligned copies begin at this thread's chunk.
+    const T* x = x_ - static_cast<int64_t>(thread_ / kChunks) * p_.k - thread_ % kChunks * 8;
+    for (int i = thread_; i < rows_ * kUnitK; i += kThreads) {
       const int row = i / kUnitK, k = i % kUnitK;
       uint16_t v = 0;
-      if (k0 + k < p_.k)
-        v = reinterpret_cast<const uint16_t*>(x_)[static_cast<int64_t>(row) * p_.k + k0 + k];
-      StoreShared16(dst + XOffset(row, k / 8) + k % 8 * 2, v);
+      if (k0_ + k < p_.k)
+        v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
+      StoreShared16(dst + row * XRowBytes(kTileM) + 2 * k, v);
     }
   }
 
   // From column n0_ on, the scales (row < kParts) or zeros of part row % kParts.
-  __device__ __forceinline__ const T* ScaleSource(int row, int k0) const {
+  __device__ __forceinline__ const T* ScaleSource(int row) const {
     const int part = row % kParts;
     // The last unit may reach past K.
-    const int k = part == 0 ? k0 : min(k0 + part * (kUnitK / kParts), p_.k - 1);
+    const int k = part == 0 ? k0_ : min(k0_ + part * (kUnitK / kParts), p_.k - 1);
     const int group =
         static_cast<int>(static_cast<uint64_t>(k) * p_.group_multiplier >> 32) >> p_.group_shift;
     return static_cast<const T*>(row < kParts ? p_.scales : p_.zeros) +
            static_cast<int64_t>(group) * p_.n + n0_;
   }
 
-  __device__ __forceinline__ void LoadScales(uint32_t dst, int k0) const {
-    constexpr int kChunks = kTileN / 8;  // of 16 bytes, in a row
+  __device__ __forceinline__ void LoadScales(uint32_t dst) const {
+    constexpr int kRowChunks = kTileN / 8;  // of 16 bytes
 #pragma unroll
-    for (int i = 0; i < kScaleRows * kChunks; i += 32) {
-      const int idx = i + lane_;
-      const int row = idx / kChunks, n = idx % kChunks * 8;
-      CopyAsync(dst + 16 * idx, ScaleSource(row, k0) + n,
-                idx < kScaleRows * kChunks && n0_ + n < p_.n);
+    for (int i = 0; i < kScaleRows * kRowChunks; i += kThreads) {
+      const int idx = i + thread_;
+      const int row = idx / kRowChunks, n = idx % kRowChunks * 8;
+      if (idx < kScaleRows * kRowChunks && n0_ + n < p_.n)
+        CopyAsync(dst + 16 * idx, ScaleSource(row) + n);
     }
   }
 
-  __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst, int k0) const {
-    for (int idx = lane_; idx < kScaleRows * kTileN; idx += 32) {
+  __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst) const {
+    for (int idx = thread_; idx < kScaleRows * kTileN; idx += kThreads) {
       const int row = idx / kTileN, n = idx % kTileN;
       if (n0_ + n < p_.n)
-        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row, k0))[n]);
+        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row))[n]);
     }
   }
 
   const DecodeParams& p_;
-  const int lane_, n0_, rows_, row_blocks_;
+  const int thread_, n0_, rows_, row_blocks_;
   const uint64_t policy_;
-  const char* const weights_;
-  const T* const x_;
+  int k0_;
+  const int step_;
+  const int64_t block_row_bytes_;
+  const char* weights_;
+  const T* x_;
 };
 
 // With few tokens sum(x) costs less than subtracting 8 from every code.
@@ -179,63 +200,68 @@ __host__ __device__ constexpr bool UsesAffineCodes(int tile_m, bool zeros) {
 
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
-template <typename T, int kTileN, int kTileM, bool kZeros, int kParts>
-__device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
-                                              const uint32_t (&x_address)[kTileM / 8],
-                                              const bool (&x_exists)[kTileM / 8],
-                                              uint32_t zero_chunk, int lane,
-                                              float (&acc)[kTileN / 16][kTileM / 8][4]) {
+template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
+__device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_rows,
+                                              const uint32_t (&x_offset)[kTileM / 8], int lane,
+                                              float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
-  constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  constexpr int kRowBlocks = kTileBlocks / kTeam;  // this warp's
   constexpr int kBlocks = StageBlocks(kTileM);
   constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
   constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
-
-  uint32_t x[kTokenBlocks][4 * kBlocks][2];  // operand B of every step
-#pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) {
-      uint32_t v[4];
-      LoadMatrix4(x_exists[j] ? stage + (x_address[j] ^ (i % 2 * 64)) + i / 2 * 128 : zero_chunk,
-                  v);
-      x[j][2 * i][0] = v[0], x[j][2 * i][1] = v[1];
-      x[j][2 * i + 1][0] = v[2], x[j][2 * i + 1][1] = v[3];
-    }
-  }
-
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
-  constexpr int kRows = kTileM == 8 || (kTileM == 16 && kParts < 4) ? 2 : 1;
+  constexpr int kRows = 2;
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
-  float sum[kParts][kTokenBlocks][4] = {};
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
-  const uint32_t scale_address =
-      stage + kBlocks * (kRowBlocks * kBlockBytes + x_rows * kBlockK * 2) + lane / 4 * 2;
+  const uint32_t words_address = stage + member * (kRowBlocks * kBlockBytes) + 16 * lane;
+  const uint32_t scale_address = stage + kBlocks * kTileBlocks * kBlockBytes +
+                                 x_rows * XRowBytes(kTileM) +
+                                 2 * (member * kRowBlocks * kBlockN + lane / 4);
+
+  // Parts are outermost, so that x and its sums live for one part alone.
 #pragma unroll
-  for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
-    uint32_t words[kRows][4 * kBlocks];
+  for (int part = 0; part < kParts; ++part) {
+    uint32_t x[kTokenBlocks][kSteps][2];  // operand B of every step
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const uint4 v = LoadShared128(stage + (b * kRowBlocks + r0 + r) * kBlockBytes + 16 * lane);
-        words[r][4 * b] = v.x, words[r][4 * b + 1] = v.y;
-        words[r][4 * b + 2] = v.z, words[r][4 * b + 3] = v.w;
+      for (int s = 0; s < kSteps; s += 2) {
+        const int i = (part * kSteps + s) / 2;
+        uint32_t v[4];
+        LoadMatrix4(stage + x_offset[j] + 64 * i, v);
+        x[j][s][0] = v[0], x[j][s][1] = v[1];
+        x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
+    float sum[kTokenBlocks][kChains][4] = {}, minus[kTokenBlocks][4];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
+      constexpr int kWords = kSteps < 4 ? kSteps : 4;  // read at a time
+      uint32_t words[kRows][kSteps];
+#pragma unroll
+      for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
+#pragma unroll
+        for (int s = 0; s < kSteps; s += kWords) {
+          const int b = (part * kSteps + s) / 4, first = (part * kSteps + s) % 4;
+          LoadSharedWords(words_address + (b * kTileBlocks + r0 + r) * kBlockBytes + 4 * first,
+                          *reinterpret_cast<uint32_t (*)[kWords]>(&words[r][s]));
+        }
+      }
       float partial[kRows][kChains][kTokenBlocks][4] = {};
+      // Without zero points every row subtracts the same: all but the first begin with it.
+      const bool begun = kAffine && !kZeros && r0 > 0;
 #pragma unroll
-      for (int s = part * kSteps; s < (part + 1) * kSteps; ++s) {
+      for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
-          if (kAffine && r0 == 0) Mma<T>(sum[part][j], kOnes, x[j][s][0], x[j][s][1]);
+          if (kAffine && r0 == 0)
+            Mma<T>(sum[j][s % kChains], kOnes, x[j][s][0], x[j][s][1], sum[j][s % kChains]);
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
           uint32_t a[4];
           if constexpr (kAffine) {
             D::Affine(words[r][s], a);
@@ -244,15 +270,22 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
           }
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)
-            Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1]);
+            Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1],
+                   begun && s == 0 ? minus[j] : partial[r][s % kChains][j]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2 * kRows; ++i) {
+      for (int i = 0; kAffine && r0 == 0 && i < kTokenBlocks * 4; ++i) {
+        float& of = sum[i / 4][0][i % 4];
+        if constexpr (kChains == 2) of += sum[i / 4][1][i % 4];
+        minus[i / 4][i % 4] = -(kSymmetricZero + D::kOffset) * of;
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kRows && r0 + i / 2 < kRowBlocks; ++i) {
         const int r = i / 2, half = i % 2;
         const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
         const float scale = LoadSharedFloat<T>(row);
-        float zero = kSymmetricZero + D::kOffset;
+        float zero = 0;
         if constexpr (kZeros) zero = LoadSharedFloat<T>(row + 2 * kParts * kTileN) + D::kOffset;
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
@@ -260,7 +293,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
           for (int c = 2 * half; c < 2 * half + 2; ++c) {
             float v = partial[r][0][j][c];
             if constexpr (kChains == 2) v += partial[r][1][j][c];
-            if constexpr (kAffine) v = fmaf(-zero, sum[part][j][c], v);
+            if (kAffine && !begun) v = kZeros ? fmaf(-zero, sum[j][0][c], v) : v + minus[j][c];
             acc[r0 + r][j][c] = fmaf(scale, v, acc[r0 + r][j][c]);
           }
         }
@@ -269,39 +302,73 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int x_rows,
   }
 }
 
-// out[n .. n + 3] of one token.
-template <typename Out, typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum) {
-  const T* bias = static_cast<const T*>(p.bias);
-  Out* out = static_cast<Out*>(p.out) + static_cast<int64_t>(m) * p.n + n;
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+__device__ __forceinline__ void Add(float4& a, const float4& b) {
+  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+}
+
+// The sum of `count` quads, `stride` bytes apart in shared memory.
+__device__ __forceinline__ float4 SumQuads(const char* first, int stride, int count) {
+  float4 sum = *reinterpret_cast<const float4*>(first);
+#pragma unroll 4
+  for (int i = 1; i < count; ++i) Add(sum, *reinterpret_cast<const float4*>(first + i * stride));
+  return sum;
+}
+
+// `left` of 4 neighbours; `aligned`: all of them or none, at a multiple of their size.
+template <typename Out>
+__device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int left, bool aligned) {
   alignas(16) Out values[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float b = bias != nullptr && n + i < p.n ? ToFloat(bias[n + i]) : 0.0f;
-    values[i] = FromFloat<Out>(fmaf(p.alpha, sums[i], b));
-  }
-  if (p.n % 4 == 0) {
+  for (int i = 0; i < 4; ++i) values[i] = FromFloat<Out>(v[i]);
+  if (aligned) {
     using Vector = std::conditional_t<sizeof(Out) == 4, float4, uint2>;
-    if (n < p.n) *reinterpret_cast<Vector*>(out) = *reinterpret_cast<const Vector*>(values);
+    if (left > 0) *reinterpret_cast<Vector*>(out) = *reinterpret_cast<const Vector*>(values);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (n + i < p.n) out[i] = values[i];
+      if (i < left) out[i] = values[i];
     }
   }
 }
 
-template <typename T, int kTileN, int kTileM, int kStages, bool kZeros, int kParts>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+// out[n .. n + 3] of token m.
+template <typename T>
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum) {
+  const T* bias = static_cast<const T*>(p.bias);
+  float v[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    v[i] = fmaf(p.alpha, v[i], bias != nullptr && n + i < p.n ? ToFloat(bias[n + i]) : 0.0f);
+  const int64_t at = static_cast<int64_t>(m) * p.n + n;
+  if (p.out_float32) {
+    StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
+  } else {
+    StoreQuad(static_cast<T*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
+  }
+}
+
+// The warps of a team meet.
+template <int kTeam>
+__device__ __forceinline__ void TeamBarrier(int team) {
+  if constexpr (kTeam == 1) {
+    __syncwarp();
+  } else {
+    NamedBarrier(1 + team, 32 * kTeam);
+  }
+}
+
+template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros, int kParts>
+__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
-  static_assert(kTileN % 32 == 0 && kTileM % 8 == 0);
-  constexpr int kRowBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
+  constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
   extern __shared__ __align__(128) char shared[];
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  const int log2_split = p.log2_split_k;
-  const int rank = blockIdx.x & ((1 << log2_split) - 1);
+  const int lane = threadIdx.x % 32, thread = threadIdx.x % (32 * kTeam), member = thread / 32;
+  const int team = threadIdx.x / (32 * kTeam), num_teams = blockDim.x / (32 * kTeam);
+  const int log2_split = p.log2_split_k, split = 1 << log2_split;
+  const int rank = blockIdx.x & (split - 1);
   int tile_n = blockIdx.x >> log2_split, tile_m = 0;
   if (p.tiles_m > 1) {
     tile_m = tile_n % p.tiles_m;
@@ -309,67 +376,74 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   const int n0 = tile_n * kTileN, m0 = tile_m * kTileM;
 
-  // This warp's units of K: `first`, first + num_warps, ... below `end`. All CTAs take them in the
+  // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
   constexpr int kBlocks = StageBlocks(kTileM);
   const int units = (p.blocks_k + kBlocks - 1) / kBlocks;
-  const int first = (units * rank >> log2_split) + warp;
+  const int first = (units * rank >> log2_split) + team;
   const int end = units * (rank + 1) >> log2_split;
 
-  char* const partials = shared + ReceivedBytes(kTileN, kTileM, 1 << log2_split);
-  char* const ring = partials + warp * p.warp_bytes;
+  char* const partials = shared + ReceivedBytes(kTileN, kTileM, split);
+  char* const ring = partials + team * p.team_bytes;
   const uint32_t ring_address = SharedAddress(ring);
-  const uint32_t zero_chunk = ring_address + kStages * p.stage_bytes;
+  const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
-  const StageLoader<T, kTileN, kTileM, kZeros, kParts> loader(p, n0, m0, lane);
+  StageLoader<T, kTileN, kTileM, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first, num_teams);
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) {
-    const int unit = first + s * num_warps;
-    if (unit < end) loader.Load(ring_address + s * p.stage_bytes, unit);
+    const int unit = first + s * num_teams;
+    if (unit < end) loader.Load(ring_address + s * p.stage_bytes);
     CopyAsyncCommit();
   }
 
+  const int rows = min(p.x_rows, p.m - m0);
+  // Outputs go in quads: 4 columns of one token.
+  constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
 #if __CUDA_ARCH__ >= 900
-  if (log2_split > 0) ClusterArriveRelaxed();
+  // Every split-th quad of a token is this CTA's to sum.
+  const int share = QuadsShare(kTileN, split);
+  const uint32_t barrier = SharedAddress(shared), received = barrier + kBarrierBytes;
+  if (log2_split > 0) {
+    const int quads = (kQuads - rank + split - 1) >> log2_split;
+    if (threadIdx.x == 0) MbarrierInit(barrier, split * rows * quads * 16);
+    ClusterArriveRelaxed();
+  }
 #endif
 
-  if (lane < kZeroBytes / 4) reinterpret_cast<uint32_t*>(ring + kStages * p.stage_bytes)[lane] = 0;
-  const int rows = min(p.x_rows, p.m - m0);
-  uint32_t x_address[kTokenBlocks];
-  bool x_exists[kTokenBlocks];
+  // Where a lane's rows of x lie in a stage. What stands for a token that does not exist matters
+  // to no other.
+  uint32_t x_offset[kTokenBlocks];
 #pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j) {
-    const int row = 8 * j + lane % 8;
-    x_exists[j] = row < rows;
-    x_address[j] =
-        kBlocks * (kRowBlocks * kBlockBytes + row * kBlockK * 2) + 16 * ((lane / 8) ^ (lane % 8));
-  }
+  for (int j = 0; j < kTokenBlocks; ++j)
+    x_offset[j] = kBlocks * kTileBlocks * kBlockBytes +
+                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kTileM) + 16 * (lane / 8);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
 #pragma unroll 1
-  for (int unit = first; unit < end; unit += num_warps) {
+  for (int unit = first; unit < end; unit += num_teams) {
     CopyAsyncWait<kStages - 1>();
-    __syncwarp();  // invariant 1
-    MultiplyStage<T, kTileN, kTileM, kZeros, kParts>(stage, p.x_rows, x_address, x_exists,
-                                                     zero_chunk, lane, acc);
-    __syncwarp();  // invariants 2 and 3
-    const int next = unit + kStages * num_warps;
-    if (next < end) loader.Load(stage, next);
+    TeamBarrier<kTeam>(team);  // invariant 1
+    MultiplyStage<T, kTileN, kTileM, kTeam, kZeros, kParts>(stage, member, p.x_rows, x_offset, lane,
+                                                            acc);
+    TeamBarrier<kTeam>(team);  // invariants 2 and 3
+    const int next = unit + kStages * num_teams;
+    if (next < end) loader.Load(stage);
     CopyAsyncCommit();
-    stage = stage + p.stage_bytes == zero_chunk ? ring_address : stage + p.stage_bytes;
+    stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
   }
 
   constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
   constexpr int kStride = PartialStride(kTileN);
-  float* const partial = reinterpret_cast<float*>(ring);
+  float* const partial =
+      reinterpret_cast<float*>(ring) + member * (kRowBlocks * kBlockN) + lane / 4;
 #pragma unroll
   for (int r = 0; r < kRowBlocks; ++r) {
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + lane / 4 + i / 2 * 8] =
+        partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8] =
             kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i];
     }
   }
@@ -378,70 +452,57 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #endif
   __syncthreads();  // invariant 4
 
-  // Outputs go in quads: 4 columns of one token.
-  constexpr int kQuads = kTileN / 4;
-  const auto store = [&](int token, int quad, float4 sum) {
-    if (p.out_float32) {
-      StoreOut<float, T>(p, m0 + token, n0 + 4 * quad, sum);
-    } else {
-      StoreOut<T, T>(p, m0 + token, n0 + 4 * quad, sum);
-    }
-  };
-  const auto add = [](float4& a, const float4& b) {
-    a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
-  };
-  const int log2_share = Log2(kQuads) - log2_split;  // of a token's quads, in each CTA's care
-  for (int idx = threadIdx.x; idx < rows * kQuads; idx += blockDim.x) {
-    const int token = idx / kQuads, quad = idx % kQuads;
-    const char* part = partials + 4 * (token * kStride + 4 * quad);
-    float4 sum = *reinterpret_cast<const float4*>(part);
-    for (int w = 1; w < num_warps; ++w)
-      add(sum, *reinterpret_cast<const float4*>(part + w * p.warp_bytes));
-    if (log2_split == 0) {
-      store(token, quad, sum);
-      continue;
-    }
+  // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of
+  // them.
+  const char* terms = partials;
+  int num_terms = num_teams, term_bytes = p.team_bytes, token_bytes = 4 * kStride;
 #if __CUDA_ARCH__ >= 900
-    const int owner = quad >> log2_share, at = quad & ((1 << log2_share) - 1);
-    StoreCluster(
-        SharedAddress(shared) + 16 * ((((rank << Log2(kTileM)) + token) << log2_share) + at), owner,
-        sum);
-#endif
-  }
-#if __CUDA_ARCH__ >= 900
-  if (log2_split == 0) return;
-  ClusterArriveRelease();
-  ClusterWait();  // invariant 6
-  for (int idx = threadIdx.x; idx < rows << log2_share; idx += blockDim.x) {
-    const float4* part = reinterpret_cast<const float4*>(shared) + idx;
-    float4 sum = part[0];
-    for (int s = 1; s < 1 << log2_split; ++s) add(sum, part[(s << Log2(kTileM)) << log2_share]);
-    store(idx >> log2_share, (rank << log2_share) + (idx & ((1 << log2_share) - 1)), sum);
+  if (log2_split > 0) {
+    for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
+      const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
+      if (quad >= kQuads) continue;
+      const int at = (rank * kTileM + token) * share + (quad >> log2_split);
+      SendCluster(received + 16 * at, barrier, quad & (split - 1),
+                  SumQuads(terms + token * token_bytes + 16 * quad, term_bytes, num_terms));
+    }
+    MbarrierWaitFirst(barrier);  // invariant 6
+    terms = shared + kBarrierBytes;
+    num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
 #endif
+  const int log2_quads = kLog2Quads - log2_split;
+  for (int idx = threadIdx.x; idx < rows << log2_quads; idx += blockDim.x) {
+    const int token = idx >> log2_quads, i = idx & ((1 << log2_quads) - 1);
+    const int quad = (i << log2_split) + rank;
+    if (quad >= kQuads) continue;
+    StoreOut<T>(p, m0 + token, n0 + 4 * quad,
+                SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
+  }
 }
 
-template <typename T, int kTileN, int kTileM, int kStages, bool kZeros>
+template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros>
 DecodeKernelPointer KernelForParts(int parts) {
   constexpr int kMost = 2 * StageBlocks(kTileM);
-  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, 1>;
-  if (parts == kMost) return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, kMost>;
-  return DecodeKernel<T, kTileN, kTileM, kStages, kZeros, 2>;
+  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, 1>;
+  if (parts == kMost) return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, kMost>;
+  return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, 2>;
 }
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, WARPS, STAGES, SPLIT, ...)                                        \
-  static_assert(WARPS * 32 <= kMaxThreads && SPLIT * 4 <= N && (WARPS & (WARPS - 1)) == 0 && \
-                (SPLIT & (SPLIT - 1)) == 0);                                                 \
-  if (c.tile_n == N && c.tile_m == M && c.stages == STAGES)                                  \
-    return has_zeros ? KernelForParts<T, N, M, STAGES, true>(parts)                          \
-                     : KernelForParts<T, N, M, STAGES, false>(parts);
+#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                                    \
+  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
+                (SPLIT & (SPLIT - 1)) == 0);                                                   \
+  if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES)                  \
+    return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)                      \
+                     : KernelForParts<T, N, M, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
+#define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #include "../configs.inc"
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
   return nullptr;
 }

@@ -21,8 +21,8 @@ struct DecodeParams {
   int group_shift;
   // Shared memory:
   int x_rows;       // rows of x that a stage holds: min(M, tile_m)
-  int stage_bytes;  // one warp's stage
-  int warp_bytes;   // one warp's ring of stages, later its partial tile
+  int stage_bytes;  // one team's stage
+  int team_bytes;   // one team's ring of stages, later its partial tile
   bool x_aligned;   // rows of x begin at multiples of 16 bytes
   bool n_aligned;   // rows of scales and zeros begin at multiples of 16 bytes
   bool out_float32;
@@ -34,6 +34,10 @@ using DecodeKernelPointer = void (*)(DecodeParams);
 // Blocks of K in a stage. Two share their waits and, where a group spans them, their scales; with
 // more tokens their fragments of x would not fit the registers.
 W4A16_HD constexpr int StageBlocks(int tile_m) { return tile_m <= 16 ? 2 : 1; }
+
+// A row of x in a stage: 16 bytes apart from a multiple of 128, so that ldmatrix finds the rows of
+// 8 tokens in different banks.
+W4A16_HD constexpr int XRowBytes(int tile_m) { return StageBlocks(tile_m) * kBlockK * 2 + 16; }
 
 // Equal parts of a stage, each in one group: as few as the group size allows. Where rows of x,
 // scales or zeros are not aligned to 16 bytes it is the most, so that only those kernels need the
@@ -50,29 +54,33 @@ constexpr int StageParts(const Problem& p, int tile_m) {
 // warp stores at a time lie in different banks.
 W4A16_HD constexpr int PartialStride(int tile_n) { return tile_n + 4; }
 
+// Of a token's outputs, in quads of 4 columns, how many at most a CTA of the cluster sums.
+W4A16_HD constexpr int QuadsShare(int tile_n, int split_k) {
+  return (tile_n / 4 + split_k - 1) / split_k;
+}
+
 // Shared memory of a CTA:
-//   sums received from the cluster (split_k > 1) | warps x ring
-//   ring = stages x (weights | x rows | scales | zeros) | 16 zero bytes; later the partial tile
+//   barrier | sums received from the cluster (both for split_k > 1) | teams x ring
+//   ring = stages x (weights | x rows | scales | zeros); later the partial tile
 struct DecodeSharedMemory {
-  int stage_bytes, warp_bytes, total_bytes;
+  int stage_bytes, team_bytes, total_bytes;
 };
 
-inline constexpr int kZeroBytes = 16;  // stand for the tokens that do not exist
+inline constexpr int kBarrierBytes = 16;
 
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
-  return split_k == 1 ? 0 : 4 * tile_n * tile_m;
+  return split_k == 1 ? 0 : kBarrierBytes + split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
 }
 
 constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {
   const int x_rows = p.m < c.tile_m ? static_cast<int>(p.m) : c.tile_m;
   const int blocks = StageBlocks(c.tile_m);
   const int scale_rows = StageParts(p, c.tile_m) * (p.has_zeros ? 2 : 1);
-  const int stage = blocks * (c.tile_n / kBlockN * kBlockBytes + x_rows * kBlockK * 2) +
+  const int stage = blocks * c.tile_n / kBlockN * kBlockBytes + x_rows * XRowBytes(c.tile_m) +
                     scale_rows * c.tile_n * 2;
-  const int ring = c.stages * stage + kZeroBytes;
-  const int partial = c.tile_m * PartialStride(c.tile_n) * 4;
-  const int warp = ring > partial ? ring : partial;
-  return {stage, warp, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps * warp};
+  const int ring = c.stages * stage, partial = c.tile_m * PartialStride(c.tile_n) * 4;
+  const int team = ring > partial ? ring : partial;
+  return {stage, team, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps / c.team * team};
 }
 
 // The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu).

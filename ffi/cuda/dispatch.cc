@@ -42,8 +42,10 @@ Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaSt
       return RunDecode(p, o, *config, stream);
     case Family::kWgmma:
       return RunWgmma(p, o, *config, stream);
+    case Family::kPersistent:
+      return RunPersistent(p, o, *config, device.num_sms, stream);
     case Family::kCutlass:
-      return RunCutlass(p, o, *config, stream);
+      return RunCutlass(p, o, *config, device.num_sms, stream);
   }
   return Status::Internal(std::string(config->name) + ": unknown family");
 }

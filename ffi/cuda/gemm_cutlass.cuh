@@ -160,7 +160,7 @@ struct CutlassGemm {
 
 template <DType kDType, int kTileN, int kTileM, int kClusterN, int kClusterM, Schedule kSchedule,
           Scheduler kScheduler>
-Status LaunchCutlass(const Problem& p, const Operands& o, const Config& config, int num_sms,
+Status LaunchCutlass(const Problem& p, const Operands& o, const char* name, int num_sms,
                      cudaStream_t stream) {
   using Gemm = CutlassGemm<kDType, kTileN, kTileM, kClusterN, kClusterM, kSchedule, kScheduler>;
   using Kernel = typename Gemm::Kernel;
@@ -189,19 +189,19 @@ Status LaunchCutlass(const Problem& p, const Operands& o, const Config& config, 
   }
 
   if (!Kernel::can_implement(args))
-    return Status::Internal(std::string(config.name) + ": CUTLASS refuses the problem");
+    return Status::Internal(std::string(name) + ": CUTLASS refuses the problem");
   if (static_cast<int64_t>(Kernel::get_workspace_size(args)) > o.workspace_bytes)
-    return Status::Internal(std::string(config.name) + ": the workspace is too small");
+    return Status::Internal(std::string(name) + ": the workspace is too small");
   // Clears stream-K's barriers.
   if (auto s = Kernel::initialize_workspace(args, o.workspace, stream);
       s != cutlass::Status::kSuccess)
-    return Status::Internal(std::string(config.name) + ": " + cutlassGetStatusString(s));
+    return Status::Internal(std::string(name) + ": " + cutlassGetStatusString(s));
 
   // The attribute belongs to the current device's copy of the kernel, so each launch sets it.
   const auto kernel = cutlass::device_kernel<Kernel>;
   if (Status s = ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                Kernel::SharedStorageSize),
-                          config.name);
+                          name);
       !s.ok())
     return s;
 
@@ -216,7 +216,7 @@ Status LaunchCutlass(const Problem& p, const Operands& o, const Config& config, 
   launch.stream = stream;
   launch.attrs = &cluster;
   launch.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&launch, kernel, params), config.name);
+  return ToStatus(cudaLaunchKernelEx(&launch, kernel, params), name);
 }
 
 }  // namespace w4a16

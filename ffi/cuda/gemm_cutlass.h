@@ -2,7 +2,10 @@
 // headers.
 #pragma once
 
-#include "kernels.h"
+#include <cuda_runtime_api.h>
+
+#include "../problem.h"
+#include "../schedule.h"
 
 namespace w4a16 {
 
@@ -10,7 +13,7 @@ namespace w4a16 {
 // type).
 template <DType kDType, int kTileN, int kTileM, int kClusterN, int kClusterM, Schedule kSchedule,
           Scheduler kScheduler>
-Status LaunchCutlass(const Problem& p, const Operands& o, const Config& config, int num_sms,
+Status LaunchCutlass(const Problem& p, const Operands& o, const char* name, int num_sms,
                      cudaStream_t stream);
 
 }  // namespace w4a16

@@ -225,9 +225,9 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
         if constexpr (Shape::kShareX == 1)
           ptx::TensorLoad2d(x, &x_map, k, m0, full, keep);
         else
-          ptx::TensorMulticast2d(x + share * (Shape::kXBytes / Shape::kShareX), &x_map, k,
-                                 m0 + share * (Shape::kTileM / Shape::kShareX), full,
-                                 ((1 << Shape::kShareX) - 1) << (rank * Shape::kShareX), keep);
+          ptx::TensorLoad2dMulticast(x + share * (Shape::kXBytes / Shape::kShareX), &x_map, k,
+                                     m0 + share * (Shape::kTileM / Shape::kShareX), full,
+                                     ((1 << Shape::kShareX) - 1) << (rank * Shape::kShareX), keep);
       }
       codes += code_stride;
     }
@@ -345,7 +345,7 @@ struct Consumer {
         if constexpr (Shape::kShareX == 1)
           ptx::MbarrierArrive(empty);
         else
-          ptx::MbarrierArriveAt(empty, rank);
+          ptx::MbarrierArriveCluster(ptx::MapShared(empty, rank));
       }
     }
   }
@@ -447,13 +447,16 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
   for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
     const int owner = chunk / kSlice, place = chunk % kSlice * Shape::kChunkBytes;
     const float* v = &acc[4 * chunk];
-    if (owner == part)
+    if (owner == part) {
       ptx::StoreShared(own + place, v[0], v[1], v[2], v[3]);
-    else
-      ptx::StoreAsyncAt(inboxes + owner % kGroupsK * Shape::kInboxBytes +
-                            (part - (part > owner)) * Shape::kSliceBytes + place,
-                        Shape::Received(shared, owner % kGroupsK),
-                        owner / kGroupsK * Shape::kShareX + share, v[0], v[1], v[2], v[3]);
+    } else {
+      const uint32_t to = inboxes + owner % kGroupsK * Shape::kInboxBytes +
+                          (part - (part > owner)) * Shape::kSliceBytes + place;
+      const uint32_t received = Shape::Received(shared, owner % kGroupsK);
+      const int to_rank = owner / kGroupsK * Shape::kShareX + share;
+      ptx::StoreAsync(ptx::MapShared(to, to_rank), ptx::MapShared(received, to_rank), v[0], v[1],
+                      v[2], v[3]);
+    }
   }
   const int chunks = max(0, min(kSlice, Shape::kChunks - part * kSlice));
   if (kParts > 1 && chunks > 0)
@@ -586,6 +589,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 template <typename T>
 WgmmaKernel FindWgmma(const Config& config, bool has_zeros) {
 #define W4A16_DECODE(...)
+#define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                                  \
   if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                   \
@@ -597,6 +601,7 @@ WgmmaKernel FindWgmma(const Config& config, bool has_zeros) {
   }
 #include "configs.inc"
 #undef W4A16_DECODE
+#undef W4A16_PERSISTENT
 #undef W4A16_CUTLASS
 #undef W4A16_WGMMA
   return {};

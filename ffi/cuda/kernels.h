@@ -11,7 +11,10 @@ namespace w4a16 {
 
 Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream);
 Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream);
-Status RunCutlass(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream);
+Status RunPersistent(const Problem& p, const Operands& o, const Config& config, int num_sms,
+                     cudaStream_t stream);
+Status RunCutlass(const Problem& p, const Operands& o, const Config& config, int num_sms,
+                  cudaStream_t stream);
 
 Status PackCuda(const uint8_t* codes, int64_t k, int64_t n, uint32_t* qweight, cudaStream_t stream);
 

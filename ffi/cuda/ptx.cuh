@@ -19,27 +19,20 @@ __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   return policy;
 }
 
-// Asynchronous copies of 16 bytes, global -> shared, made only if `wanted`: predicated, because the
-// compiler would make each a branch of its own.
-__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
-      "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}" ::"r"(dst),
-      "l"(src), "r"(static_cast<int>(wanted))
-      : "memory");
+// Asynchronous copies of 16 bytes, global -> shared.
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 
-__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted,
-                                          uint64_t policy) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
-      "@p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n\t}" ::"r"(dst),
-      "l"(src), "r"(static_cast<int>(wanted)), "l"(policy)
-      : "memory");
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+               "l"(policy)
+               : "memory");
 }
 
-// Through L1, where other CTAs of the SM may find the data again. Writes zeros, and reads nothing,
-// unless `exists`.
+// Through L1, where other CTAs of the SM may find the data again. Made only if `wanted`
+// (predicated, because the compiler would make each a branch of its own); writes zeros, and reads
+// nothing, unless `exists`.
 __device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src, bool wanted,
                                                 bool exists) {
   asm volatile(
@@ -68,13 +61,21 @@ __device__ __forceinline__ uint4 LoadGlobalOnce(const uint4* p, uint64_t policy)
   return v;
 }
 
-__device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
+// kWords (2 or 4) words, aligned to their size.
+template <int kWords>
+__device__ __forceinline__ void LoadSharedWords(uint32_t address, uint32_t (&d)[kWords]) {
+  static_assert(kWords == 2 || kWords == 4);
+  if constexpr (kWords == 2) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(d[0]), "=r"(d[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ uint16_t LoadShared16(uint32_t address) {
@@ -87,6 +88,11 @@ __device__ __forceinline__ void StoreShared16(uint32_t address, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 
+// Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
+__device__ __forceinline__ void NamedBarrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void LoadMatrix4(uint32_t address, uint32_t (&d)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -95,49 +101,72 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t address, uint32_t (&d)[4]) 
                : "memory");
 }
 
-// d += a b: a 16x16, b 16x8, d 16x8 in float32.
+// d = a b + c: a 16x16, b 16x8, c and d 16x8 in float32.
 template <typename T>
-__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1);
+__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    const float (&c)[4]);
 
 template <>
 __device__ __forceinline__ void Mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                            uint32_t b1) {
+                                            uint32_t b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 
 template <>
 __device__ __forceinline__ void Mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
-                                                   uint32_t b0, uint32_t b1) {
+                                                   uint32_t b0, uint32_t b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// A cluster's barrier. Relaxed orders no memory; release / acquire order what came before the
-// arrival of any thread before what follows the wait of any other.
+// A cluster's barrier. The arrival orders no memory but mbarriers, by MbarrierInit.
 __device__ __forceinline__ void ClusterArriveRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-__device__ __forceinline__ void ClusterArriveRelease() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Stores to the place that `address` names, in the shared memory of the cluster's CTA `rank`.
-__device__ __forceinline__ void StoreCluster(uint32_t address, int rank, float4 v) {
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v.x),
-               "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
+// An mbarrier whose first phase ends when `bytes` have been received; the cluster may send once it
+// has met after this.
+__device__ __forceinline__ void MbarrierInit(uint32_t barrier, int bytes) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+      "fence.mbarrier_init.release.cluster;\n\t"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
+}
+
+__device__ __forceinline__ void MbarrierWaitFirst(uint32_t barrier) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "retry:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
+      "@!done bra retry;\n\t}" ::"r"(barrier)
+      : "memory");
+}
+
+// Stores to the place that `address` names in the shared memory of the cluster's CTA `rank`, and
+// counts there, at `barrier`, as 16 bytes received.
+__device__ __forceinline__ void SendCluster(uint32_t address, uint32_t barrier, int rank,
+                                            float4 v) {
+  asm volatile(
+      "{\n\t.reg .b32 there, barrier_there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 barrier_there, %1, %2;\n\t"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, "
+      "%6}, [barrier_there];\n\t}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
 }
 #endif
 

@@ -1,6 +1,6 @@
-// Thin wrappers of the Hopper (sm_90a) instructions that gemm_wgmma.cuh is made of: mbarriers, bulk
-// and tensor copies, clusters, wgmma. One instruction each; the ordering rules are the caller's.
-// Shared memory is named by its 32-bit address.
+// Thin wrappers of the Hopper (sm_90a) instructions that gemm_wgmma.cuh and gemm_persistent.cuh are
+// made of: mbarriers, bulk and tensor copies, clusters, wgmma. One instruction each; the ordering
+// rules are the caller's. Shared memory is named by its 32-bit address.
 #pragma once
 
 #include <cuda.h>
@@ -31,19 +31,14 @@ __device__ inline void StoreShared(uint32_t shared, float a, float b, float c, f
                : "memory");
 }
 
-// To the shared memory of cluster rank `rank`, whose `barrier` counts the 16 bytes; `shared` and
-// `barrier` are given as the addresses of the same objects in the calling CTA.
-__device__ inline void StoreAsyncAt(uint32_t shared, uint32_t barrier, uint32_t rank, float a,
-                                    float b, float c, float d) {
+// To the shared memory of any CTA of the cluster, whose `barrier` counts the 16 bytes; both are
+// named by MapShared.
+__device__ inline void StoreAsync(uint32_t there, uint32_t barrier, float a, float b, float c,
+                                  float d) {
   asm volatile(
-      "{\n"
-      ".reg .b32 there, barrier_there;\n"
-      "mapa.shared::cluster.u32 there, %0, %2;\n"
-      "mapa.shared::cluster.u32 barrier_there, %1, %2;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
-      " [there], {%3, %4, %5, %6}, [barrier_there];\n"
-      "}\n" ::"r"(shared),
-      "r"(barrier), "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      " [%0], {%2, %3, %4, %5}, [%1];" ::"r"(there),
+      "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
       : "memory");
 }
 
@@ -80,19 +75,6 @@ __device__ inline void MbarrierInit(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// At the same barrier of cluster rank `rank`; `barrier` is its address in the calling CTA. A
-// release at the cluster's scope would wait for all that the thread has in flight.
-__device__ inline void MbarrierArriveAt(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}\n" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-
 // Makes initialised barriers visible to the async proxy and to the cluster.
 __device__ inline void FenceMbarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -105,6 +87,11 @@ __device__ inline void MbarrierArrive(uint32_t barrier) {
 __device__ inline void MbarrierArriveExpectTx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+}
+
+// Arrives at a barrier of any CTA of the cluster, named by MapShared.
+__device__ inline void MbarrierArriveCluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Waits for the phase of the given parity to complete.
@@ -164,14 +151,44 @@ __device__ inline void TensorLoad2d(uint32_t shared, const CUtensorMap* map, int
       : "memory");
 }
 
-// The same, to the same place and barrier of every CTA of the cluster whose bit of `ranks` is set.
-__device__ inline void TensorMulticast2d(uint32_t shared, const CUtensorMap* map, int inner,
-                                         int outer, uint32_t barrier, uint16_t ranks,
-                                         uint64_t policy) {
+// The same box to the same place of every CTA whose bit is set in `ranks`, each of which counts the
+// bytes at its own `barrier`.
+__device__ inline void TensorLoad2dMulticast(uint32_t shared, const CUtensorMap* map, int inner,
+                                             int outer, uint32_t barrier, uint16_t ranks,
+                                             uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared),
       "l"(map), "r"(inner), "r"(outer), "r"(barrier), "h"(ranks), "l"(policy)
+      : "memory");
+}
+
+// Shared memory to the box of `map` whose origin is (inner, outer), clipped to the tensor.
+__device__ inline void TensorStore2d(const CUtensorMap* map, uint32_t shared, int inner,
+                                     int outer) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+      "r"(inner), "r"(outer), "r"(shared)
+      : "memory");
+}
+
+__device__ inline void BulkCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until the shared memory of all but `kPending` of this thread's committed groups of bulk
+// stores has been read.
+template <int kPending>
+__device__ inline void BulkWaitRead() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Stores four 8x8 matrices of 16-bit values, each transposed: register i holds matrix i as mma does
+// (lane l: row l / 4, columns 2 * (l % 4) and the next), and lane l gives the address of what was
+// column l % 8 of matrix l / 8: eight values, 16 bytes.
+__device__ inline void StoreMatrix4Transposed(uint32_t shared, uint32_t v0, uint32_t v1,
+                                              uint32_t v2, uint32_t v3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(v0), "r"(v1), "r"(v2), "r"(v3)
       : "memory");
 }
 
@@ -201,6 +218,24 @@ __device__ inline void ReleaseRegisters() {
 template <int kRegisters>
 __device__ inline void TakeRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The address, for instructions on the cluster's shared memory, of this CTA's `shared` as it is in
+// the CTA of rank `rank`.
+__device__ inline uint32_t MapShared(uint32_t shared, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+  return there;
+}
+
+__device__ inline uint32_t ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
 // Orders no memory: a release would wait for all that the thread has in flight.
@@ -238,6 +273,13 @@ template <int kRegisters>
 __device__ inline void KeepAlive(const uint32_t (&r)[kRegisters]) {
 #pragma unroll
   for (int i = 0; i < kRegisters; ++i) asm volatile("" ::"r"(r[i]) : "memory");
+}
+
+// Declares registers whose values do not matter.
+template <int kRegisters>
+__device__ inline void Undefined(float (&r)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "=f"(r[i]));
 }
 
 // Pins later reads of accumulators below this point.
@@ -303,16 +345,17 @@ __device__ inline uint64_t DescriptorSwizzle128(uint32_t shared) {
       ", accumulate, 1, 1, 0;\n"                                                                 \
       "}\n"                                                                                      \
       : __VA_ARGS__                                                                              \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
 #define W4A16_WGMMA_CASE(N, REGISTERS, A0, A1, A2, A3, B, P, ...)            \
   if constexpr (kN == N && kHalf)                                            \
     W4A16_WGMMA_ASM("f16", N, REGISTERS, A0, A1, A2, A3, B, P, __VA_ARGS__); \
   else if constexpr (kN == N)                                                \
   W4A16_WGMMA_ASM("bf16", N, REGISTERS, A0, A1, A2, A3, B, P, __VA_ARGS__)
 // d[64 x kN] += a[64 x 16] * b[16 x kN]: a in registers (four per thread), b in shared memory,
-// K-major.
+// K-major. accumulate = 0: d = instead of +=.
 template <typename T, int kN>
-__device__ inline void Wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+__device__ inline void Wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
+                             int accumulate = 1) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(kN == 16 || kN == 32 || kN == 48 || kN == 64 || kN == 96 || kN == 128 ||
                 kN == 192 || kN == 256);

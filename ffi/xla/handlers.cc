@@ -196,7 +196,8 @@ struct Cuda {
 template <typename Backend>
 Error Dot(typename Backend::Context context, AnyBuffer x, AnyBuffer qweight, AnyBuffer scales,
           ffi::RemainingArgs optional, ffi::Result<AnyBuffer> out, ffi::RemainingRets scratch,
-          int64_t group_size, float alpha, bool has_zeros, bool has_bias, std::string_view config) {
+          int64_t group_size, float alpha, bool has_zeros, bool has_bias, bool batch_invariant,
+          std::string_view config) {
   return Guard([&]() -> Error {
     OptionalArgs args(optional);
     std::optional<AnyBuffer> zeros, bias;
@@ -221,6 +222,7 @@ Error Dot(typename Backend::Context context, AnyBuffer x, AnyBuffer qweight, Any
     p.group_size = group_size;
     p.has_zeros = has_zeros;
     p.has_bias = has_bias;
+    p.batch_invariant = batch_invariant;
     W4A16_RETURN_IF_ERROR(ReadDType("x", x, &p.x_dtype));
     W4A16_RETURN_IF_ERROR(ReadDType("out", *out, &p.out_dtype));
     W4A16_RETURN_IF_ERROR(CheckType("scales", scales, x.element_type()));
@@ -336,6 +338,7 @@ W4A16_DEFINE_BOTH(Dot, .Arg<AnyBuffer>()
                            .Attr<float>("alpha")
                            .Attr<bool>("has_zeros")
                            .Attr<bool>("has_bias")
+                           .Attr<bool>("batch_invariant")
                            .Attr<std::string_view>("config"))
 W4A16_DEFINE_BOTH(Pack, .Arg<AnyBuffer>().Ret<AnyBuffer>())
 W4A16_DEFINE_BOTH(Dequantize, .Arg<AnyBuffer>()

@@ -4,7 +4,7 @@
 #   sanitize.sh BUILD_FOLDER [CASES_PER_FAMILY]
 #
 # The folder holds w4a16 and tests/native/{fuzz,sanitizer_control}, built with -DW4A16_TESTS=ON -DW4A16_RACECHECK=ON:
-# racecheck does not see that one lane's arrival on a barrier stands for its warp (S2 in gemm_wgmma.cuh).
+# racecheck does not see that one lane's arrival on a barrier stands for its warp (S2 in gemm_wgmma.cuh and gemm_persistent.cuh).
 set -uo pipefail
 build=$1
 cases=${2:-40}
@@ -36,7 +36,7 @@ racecheck=(compute-sanitizer --tool racecheck --racecheck-report all --error-exi
 
 check "memcheck, negative control" faulty "${memcheck[@]}" "$build/tests/native/sanitizer_control" oob
 check "racecheck, negative control" faulty "${racecheck[@]}" "$build/tests/native/sanitizer_control" race
-for family in decode wgmma cutlass; do
+for family in decode wgmma persistent cutlass; do
   fuzz=("$build/tests/native/fuzz" --device cuda --cases "$cases" --family "$family")
   check "memcheck, $family" clean "${memcheck[@]}" "${fuzz[@]}"
   check "racecheck, $family" clean "${racecheck[@]}" "${fuzz[@]}"

@@ -1,0 +1,134 @@
+"""What the variants of a product cost over symmetric float16 weights in groups of 128.
+
+    python -m benchmarks.bench_variants [--shapes ...] [--m ...]
+
+Needs torch; the protocol is bench_dot's graph column. A second table has sizes that are no multiples of
+the tiles, beside the next multiples of 256. Writes results/h200_variants.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import native, shapes, store, timing
+from benchmarks.progress import Progress
+from benchmarks.report import geomean
+
+# Name: (dtype, group size or -1, zeros, bias, batch invariant), and the most it may cost (None: no bound).
+VARIANTS = {
+    "float16, group 128": (("float16", 128, False, False, False), None),
+    "bfloat16": (("bfloat16", 128, False, False, False), 1.05),
+    "zeros": (("float16", 128, True, False, False), 1.05),
+    "bfloat16, zeros": (("bfloat16", 128, True, False, False), 1.05),
+    "group 32": (("float16", 32, False, False, False), 1.12),
+    "group 64": (("float16", 64, False, False, False), 1.05),
+    "group 256": (("float16", 256, False, False, False), 1.05),
+    "per column": (("float16", -1, False, False, False), 1.05),
+    "bias": (("float16", 128, False, True, False), 1.02),
+    "batch invariant": (("float16", 128, False, False, True), None),
+}
+SHAPES = "4096x4096,28672x4096,8192x8192"
+TOKENS = "1,16,64,256,2048"
+ODD_SHAPES = (
+    (576, 2112),
+    (1408, 2112),
+    (2112, 1408),
+    (11008, 4096),
+    (4096, 11008),
+    (18944, 3584),
+    (3584, 18944),
+)
+ODD_BOUND = 1.15
+ODD_MULTIPLE = 256
+
+
+def _graph(library: Any, n: int, k: int, m: int, variant: tuple) -> Any:
+    """A graph of checked calls, or None where nothing serves."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from benchmarks import graph
+
+    dtype, group_size, zeros, bias, invariant = variant
+    layer = graph.Layer(library, n, k, dtype, k if group_size < 0 else group_size, zeros)
+    problem = layer.problem(m)
+    problem.has_bias, problem.batch_invariant = int(bias), int(invariant)
+    device = library.current_device()
+    config = library.select(problem, device)
+    x = layer.activations(m)
+    out = torch.empty((m, n), dtype=layer.torch_dtype, device=graph.DEVICE)
+    call = graph.checked_kernel(layer, x, out, graph.Check(layer, x), config, device)
+    if bias:
+        vector = torch.zeros(n, dtype=layer.torch_dtype, device=graph.DEVICE)
+        call = layer.kernel(x, out, config, device, bias=vector)
+    return timing.Graph(call, len(layer.packed))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints both tables; exit status 1 if a bound was passed."""
+    parser = argparse.ArgumentParser(
+        "benchmarks.bench_variants", description=(__doc__ or "").split("\n", 1)[0]
+    )
+    parser.add_argument("--shapes", type=shapes.parse_shapes, default=shapes.parse_shapes(SHAPES))
+    parser.add_argument("--m", type=shapes.parse_tokens, default=shapes.parse_tokens(TOKENS))
+    parser.add_argument("--library", help="path of libw4a16.so; default: the installed package's")
+    parser.add_argument("--output", type=Path, default=store.RESULTS / "h200_variants.json")
+    options = parser.parse_args(argv)
+
+    from benchmarks import graph
+
+    library = native.Library(options.library or native.find_library())
+    graph.warm_up()
+    rows: list[dict] = []
+    met = True
+    base_name, (base, _) = next(iter(VARIANTS.items()))
+    progress = Progress(len(options.shapes) * len(options.m) + len(ODD_SHAPES) * len(options.m), "variants")
+    for shape in options.shapes:
+        for m in options.m:
+            graphs = {
+                name: _graph(library, shape.n, shape.k, m, variant) for name, (variant, _) in VARIANTS.items()
+            }
+            for name, us in timing.time_graphs(graphs).items():
+                rows.append({"N": shape.n, "K": shape.k, "M": m, "variant": name, "us": round(us, 3)})
+            progress.step(f"{shape} M={m}")
+    us_of = {(row["N"], row["K"], row["M"], row["variant"]): row["us"] for row in rows}
+    print(f"time over that of {base_name}, geometric mean over {len(options.shapes)} shapes (worst)")
+    print(f"{'':>20}" + "".join(f"{'M=' + str(m):>15}" for m in options.m))
+    for name, (_, bound) in VARIANTS.items():
+        text = ""
+        for m in options.m:
+            ratios = [us_of[s.n, s.k, m, name] / us_of[s.n, s.k, m, base_name] for s in options.shapes]
+            mean = geomean(ratios) or 0.0
+            missed = bound is not None and mean > bound
+            met = met and not missed
+            text += f"{mean:8.3f} ({max(ratios):.2f}){'!' if missed else ' '}"
+        print(f"{name:>20}{text}" + ("" if bound is None else f"  at most {bound}"))
+
+    print(f"\nsizes that are no multiples of {ODD_MULTIPLE}: time over that of the next multiples")
+    for n, k in ODD_SHAPES:
+        padded = [-(-size // ODD_MULTIPLE) * ODD_MULTIPLE for size in (n, k)]
+        text = ""
+        for m in options.m:
+            graphs = {
+                "odd": _graph(library, n, k, m, base),
+                "padded": _graph(library, padded[0], padded[1], m, base),
+            }
+            us = timing.time_graphs(graphs)
+            ratio = us["odd"] / us["padded"]
+            missed = ratio > ODD_BOUND
+            met = met and not missed
+            text += f"{ratio:10.3f}{'!' if missed else ' '}"
+            rows.append(
+                {"N": n, "K": k, "M": m, "variant": "odd", "us": us["odd"], "padded_us": us["padded"]}
+            )
+            progress.step(f"{n}x{k} M={m}")
+        print(f"{n}x{k:<6} against {padded[0]}x{padded[1]:<6}{text}")
+    header = graph.device_facts(library) | {"protocol": timing.PROTOCOL}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

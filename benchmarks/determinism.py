@@ -1,0 +1,74 @@
+"""Runs every configuration many times beside copies that load the memory: results must be equal to the bit.
+
+    python -m benchmarks.determinism [--runs 1000] [--configs TEXT,...]
+
+Needs torch. Half of the runs of each problem have the other stream's copies beside them, half have not.
+"""
+
+import argparse
+import sys
+
+from benchmarks import native
+from benchmarks.progress import Progress
+
+# (N, K, tokens): several tiles and waves; tails of N, K and M; one with float zeros.
+PROBLEMS = (
+    (4096, 4096, (1, 16, 100, 512), False),
+    (1408, 2112, (7, 33, 257), True),
+)
+LOAD_BYTES = 1 << 28
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a line for each configuration; exit status 1 if a bit changed."""
+    parser = argparse.ArgumentParser("benchmarks.determinism", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--configs", default="", help="only names that contain one of these, by commas")
+    parser.add_argument("--library", help="path of libw4a16.so; default: the installed package's")
+    options = parser.parse_args(argv)
+
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from benchmarks import graph
+
+    library = native.Library(options.library or native.find_library())
+    device = library.current_device()
+    parts = options.configs.split(",")
+    names = [name for name in library.config_names() if any(part in name for part in parts)]
+    load = torch.empty(LOAD_BYTES, dtype=torch.uint8, device=graph.DEVICE)
+    other = torch.cuda.Stream()
+    progress = Progress(len(names) * len(PROBLEMS) * 2, "determinism")
+    changed: dict[str, int] = dict.fromkeys(names, 0)
+    runs: dict[str, int] = dict.fromkeys(names, 0)
+    for n, k, tokens, zeros in PROBLEMS:
+        for dtype in ("float16", "bfloat16"):
+            layer = graph.Layer(library, n, k, dtype, 128, zeros)
+            for name in names:
+                able = [m for m in tokens if library.refusal(layer.problem(m), device, name) is None]
+                for m in able:
+                    x = layer.activations(m)
+                    out = torch.empty((m, n), dtype=layer.torch_dtype, device=graph.DEVICE)
+                    call = layer.kernel(x, out, name, device)
+                    call(0)
+                    first = out.clone()
+                    differ = torch.zeros((), dtype=torch.int64, device=graph.DEVICE)
+                    # The problems of a configuration share out its runs.
+                    count = -(-options.runs // (2 * len(able)))
+                    for i in range(count):
+                        if i % 2 and i % 20 == 1:
+                            with torch.cuda.stream(other):
+                                load[LOAD_BYTES // 2 :].copy_(load[: LOAD_BYTES // 2])
+                        out.fill_(float("nan"))
+                        call(i % len(layer.packed))
+                        differ += (out.view(torch.int16) != first.view(torch.int16)).any()
+                    changed[name] += int(differ.item())
+                    runs[name] += count
+                progress.step(f"{name} {n}x{k} {dtype}")
+    for name in names:
+        print(f"{name:50s} {runs[name]:6d} runs, {changed[name]} differ from the first")
+    print(f"{sum(runs.values())} runs of {len(names)} configurations, {sum(changed.values())} differ")
+    return 1 if any(changed.values()) or not all(runs.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+#include <algorithm>
+
+#include "cuda_status.h"
+#include "gemm_persistent.cuh"
+#include "tensor_map.h"
+
+namespace w4a16 {
+
+Status RunPersistent(const Problem& p, const Operands& o, const Config& config, int num_sms,
+                     cudaStream_t stream) {
+  const PersistentKernel kernel = p.x_dtype == W4A16_F16 ? FindPersistentF16(config, p.has_zeros)
+                                                         : FindPersistentBf16(config, p.has_zeros);
+  if (kernel.kernel == nullptr)
+    return Status::Internal(std::string(config.name) + ": not compiled");
+
+  const int cluster = config.cluster_n;
+  const PersistentSchedule schedule = SchedulePersistent(p, config, num_sms);
+  if (schedule.units + schedule.clusters > INT_MAX)
+    return Status::Unsupported(std::string(config.name) + ": too many tiles");
+
+  PersistentMaps maps = {};
+  const int share = config.tile_m / cluster;
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share, &maps.x); !s.ok()) return s;
+  if (Status s =
+          EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share >> schedule.tail_shift, &maps.x_part);
+      !s.ok())
+    return s;
+  if (p.out_dtype != W4A16_F32) {
+    if (Status s = EncodeTensorMap(o.out, p.out_dtype, p.m, p.n, kStoreTokens, &maps.out); !s.ok())
+      return s;
+  }
+
+  const bool one_group = NumGroups(p) == 1;
+  const PersistentParams params = {
+      .qweight = o.qweight,
+      .scales = o.scales,
+      .zeros = o.zeros,
+      .bias = o.bias,
+      .out = o.out,
+      .m = static_cast<int>(p.m),
+      .n = static_cast<int>(p.n),
+      .k = static_cast<int>(p.k),
+      .blocks_per_group = one_group ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
+      .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
+      .units_n = static_cast<int>(CeilDiv(CeilDiv(p.n, config.tile_n), cluster)),
+      .whole_units = static_cast<int>(schedule.whole_units),
+      .units = static_cast<int>(schedule.units),
+      .tail_shift = schedule.tail_shift,
+      .alpha = o.alpha,
+      .out_is_f32 = p.out_dtype == W4A16_F32,
+  };
+
+  // An attribute of the function on the current device, so it is set before every launch.
+  if (Status s =
+          ToStatus(cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        kernel.shared_bytes),
+                   config.name);
+      !s.ok())
+    return s;
+
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim =
+      dim3(static_cast<unsigned>(std::min(schedule.units, schedule.clusters)) * cluster);
+  launch.blockDim = dim3(kernel.threads);
+  launch.dynamicSmemBytes = kernel.shared_bytes;
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = cluster > 1 ? 1 : 0;
+  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, maps, params), config.name);
+}
+
+}  // namespace w4a16

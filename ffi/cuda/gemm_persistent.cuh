@@ -1,0 +1,488 @@
+// Large M on Hopper: the transposed product with packed weights as wgmma's register operand, by
+// CTAs that stay on their SM and take one tile after another.
+//
+//   out[m, n] = alpha * sum_k x[m, k] * w[k, n] + bias[n]
+//   w[k, n] = T((code[k, n] - zero[k / g, n]) * scale[k / g, n])
+//
+// computed as out^T[N, M] = w^T x^T, accumulated in float32; T rounds to x's type.
+//
+//                kTileM tokens (wgmma's n)     A tile of kTileN rows of weights by kTileM tokens,
+//                or
+//               +-------------------------+    by a half or a quarter of them in the last wave
+//   rows  0..63 |  consumer warpgroup 0   |    (gemm_persistent.h). Each consumer warpgroup owns 64
+//        64..   |  consumer warpgroup 1   |    rows (wgmma's m). Warp w of warpgroup g owns block
+//         ...   |         ...             |    row 4 * g + w of 16 rows; the 16 bytes of lane l in
+//         a
+//               +-------------------------+    packed block are its A fragments of the block's four
+//                                              k16 steps (layout.h).
+//
+//   A further warpgroup gives up its registers; one of its threads, the producer, starts every load
+//   and runs ahead, into the next tile while consumers finish the last one.
+//   A cluster is kCluster CTAs along N of the same tokens: each loads its share of the x tile for
+//   all of them, which spares L2 and power; a large product runs at the power limit.
+//
+//   A stage holds one packed block along K (64 codes) of the tile:
+//     x       kTileM rows x 128 bytes, swizzled       tensor copies, zero-filled
+//     codes   kTileN / 16 packed blocks of 512 bytes  bulk copy
+//     scales  kTileN values of the block's group      bulk copy
+//     zeros   likewise, if kHasZeros
+//
+//   The end of a tile: accumulators are rounded, transposed by stmatrix into the warpgroup's own
+//   staging memory and leave by tensor stores, which run on during the next tile. Before that, the
+//   next tile's first block is dequantised, while the last wgmmas run. float32 output goes straight
+//   from registers to memory.
+//
+// Every element is summed in the order of K and written by one thread; its bits depend on neither
+// the schedule nor on timing.
+//
+// Preconditions (checked by)
+//   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
+//   group_size a multiple of 64, or at least K                   CanImplement
+//   pointers aligned to 16 bytes                                 CheckOperands
+//   number of units fits 31 bits                                 RunPersistent
+//
+// Synchronisation
+//   S1  full[s]: completes when the bytes that this CTA's producer announced for stage s have
+//       landed: its own copies and, in a cluster, the other CTAs' shares of x, which may land first
+//       (the phase is still held back by the producer's arrival).
+//   S2  empty[s]: completes when every consumer warp of every CTA of the cluster has arrived, since
+//       a stage's x is written in all of them at once. Lane r < kCluster arrives at rank r for its
+//       warp, after the wait that retires the warp's wgmmas on the stage.
+//   S3  A registers: the two buffers alternate. A buffer is rewritten only after a wait that leaves
+//       no wgmmas but those of the other buffer in flight.
+//   S4  Staging memory is rewritten only after the thread that starts a warpgroup's stores has
+//   waited
+//       for the last ones to be read (named barrier 1 + warpgroup); what was staged is fenced to
+//       the async proxy before that barrier's next phase, behind which the stores start.
+//   S5  No CTA exits before the last cluster barrier: others arrive at its barriers until then.
+#pragma once
+
+#include <climits>
+
+#include "dequant.cuh"
+#include "gemm_persistent.h"
+#include "kernels.h"
+#include "ptx_sm90.cuh"
+
+namespace w4a16 {
+
+struct PersistentParams {
+  const uint32_t* qweight;
+  const void* scales;
+  const void* zeros;
+  const void* bias;
+  void* out;
+  int m, n, k;
+  int blocks_per_group;
+  int tiles_m, units_n;                // units_n: clusters along N
+  int whole_units, units, tail_shift;  // gemm_persistent.h
+  float alpha;
+  bool out_is_f32;
+};
+
+// x for whole tiles and for parts of tiles; out in boxes of kStoreRows x kStoreTokens.
+struct PersistentMaps {
+  CUtensorMap x, x_part, out;
+};
+
+inline constexpr int kStoreRows = 64, kStoreTokens = 32;
+
+// What the host needs to launch an instantiation.
+struct PersistentKernel {
+  void (*kernel)(PersistentMaps, PersistentParams);
+  int threads;
+  int shared_bytes;
+};
+
+template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kCluster_>
+struct PersistentShape {
+  static constexpr bool kHasZeros = kHasZeros_;
+  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr int kWarpgroups = kTileN / 64;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kThreads = kConsumers + 128;
+  static_assert(kTileN % 64 == 0 && (kWarpgroups == 2 || kWarpgroups == 3));
+  static_assert(kTileM % (8 * kCluster) == 0 && kTileM % kStoreTokens == 0 && kStages >= 2);
+
+  static constexpr int kMaxTailShift = MaxTailShift(kTileM);
+
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 152;
+
+  static constexpr int kXBytes = kTileM * 128;
+  static constexpr int kCodeBytes = kTileN / kBlockN * kBlockBytes;
+  static constexpr int kRowBytes = kTileN * 2;
+  static constexpr int kStageBytes = kXBytes + kCodeBytes + kRowBytes * (kHasZeros ? 2 : 1);
+
+  // Staging memory for a whole tile, or for half of it at a time.
+  static constexpr int kSharedPerCta = 227 * 1024, kBarrierBytes = 2 * kStages * 8;
+  static constexpr int kStagedTokens =
+      kStages * kStageBytes + kTileN * 2 * kTileM + kBarrierBytes <= kSharedPerCta ? kTileM
+                                                                                   : kTileM / 2;
+  static constexpr int kStagedBytes = kStagedTokens * kStoreRows * 2;  // one warpgroup
+
+  static constexpr int kXOffset = 0;
+  static constexpr int kStagedOffset = kXOffset + kStages * kXBytes;
+  static constexpr int kCodeOffset = kStagedOffset + kWarpgroups * kStagedBytes;
+  static constexpr int kScaleOffset = kCodeOffset + kStages * kCodeBytes;
+  static constexpr int kZeroOffset = kScaleOffset + kStages * kRowBytes;
+  static constexpr int kBarrierOffset = kZeroOffset + (kHasZeros ? kStages * kRowBytes : 0);
+  static constexpr int kSharedBytes = kBarrierOffset + kBarrierBytes;
+  static_assert(kSharedBytes <= kSharedPerCta);
+
+  __device__ static uint32_t Full(uint32_t shared, int slot) {
+    return shared + kBarrierOffset + 8 * slot;
+  }
+  __device__ static uint32_t Empty(uint32_t shared, int slot) {
+    return Full(shared, kStages + slot);
+  }
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// What a CTA does at a time: kTileM >> shift tokens from m0 on, kTileN rows of weights from n0 on.
+struct Unit {
+  int n0, m0, shift;
+};
+
+// Units are walked in panels of kPanelM token tiles, so that those in flight share both operands in
+// L2.
+template <typename Shape>
+__device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
+  Unit unit = {.shift = index < p.whole_units ? 0 : p.tail_shift};
+  const int parts = index < p.whole_units ? 0 : index - p.whole_units;
+  const uint32_t tile = unit.shift == 0 ? index : p.whole_units + (parts >> unit.shift);
+  const int part = parts & ((1 << unit.shift) - 1);
+  constexpr uint32_t kPanelM = 8;
+  const uint32_t per_panel = kPanelM * p.units_n;  // N < 2^30: below 2^28
+  const uint32_t panel = tile / per_panel, inside = tile % per_panel;
+  const uint32_t width = min(kPanelM, p.tiles_m - panel * kPanelM);
+  unit.m0 = static_cast<int>(panel * kPanelM + inside % width) * Shape::kTileM +
+            (unit.shift == 0 ? 0 : part * (Shape::kTileM >> unit.shift));
+  unit.n0 = static_cast<int>(inside / width * Shape::kCluster + rank) * Shape::kTileN;
+  return unit;
+}
+
+// L2 policies, as createpolicy makes them. Every unit reads x; few share codes and scales.
+inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0000000000000;
+
+// Starts every load of the CTA's units. Runs in one thread.
+template <typename T, typename Shape>
+__device__ inline void ProduceUnits(const PersistentMaps& maps, const PersistentParams& p,
+                                    uint32_t shared, int first, int stride, int rank) {
+  const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
+  const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
+  int slot = 0;
+  uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
+  for (int index = first; index < p.units; index += stride) {
+    const Unit unit = UnitOf<Shape>(p, index, rank);
+    const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
+    const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
+    // The last cluster along N may reach beyond N by whole CTAs.
+    const int rows = min(Shape::kTileN, p.n - unit.n0);
+    const uint32_t code_bytes =
+        min(Shape::kTileN / kBlockN, blocks_n - unit.n0 / kBlockN) * kBlockBytes;
+    const uint32_t row_bytes = rows * 2;
+    const uint32_t bytes =
+        tokens * 128 + (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
+    const char* codes = reinterpret_cast<const char*>(p.qweight) +
+                        static_cast<int64_t>(unit.n0 / kBlockN) * kBlockBytes;
+    int64_t row = unit.n0;  // of scales and zeros
+    int left_in_group = p.blocks_per_group;
+    for (int block = 0; block < blocks_k; ++block) {
+      const uint32_t full = Shape::Full(shared, slot);
+      ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
+      ptx::MbarrierArriveExpectTx(full, bytes);
+      if (rows > 0) {
+        ptx::BulkLoad(shared + Shape::kCodeOffset + slot * Shape::kCodeBytes, codes, code_bytes,
+                      full, kEvictNormal);
+        ptx::BulkLoad(shared + Shape::kScaleOffset + slot * Shape::kRowBytes,
+                      static_cast<const T*>(p.scales) + row, row_bytes, full, kEvictNormal);
+        if constexpr (Shape::kHasZeros)
+          ptx::BulkLoad(shared + Shape::kZeroOffset + slot * Shape::kRowBytes,
+                        static_cast<const T*>(p.zeros) + row, row_bytes, full, kEvictNormal);
+      }
+      const uint32_t x = shared + Shape::kXOffset + slot * Shape::kXBytes + rank * share * 128;
+      if constexpr (Shape::kCluster == 1)
+        ptx::TensorLoad2d(x, x_map, block * kBlockK, unit.m0, full, kEvictLast);
+      else
+        ptx::TensorLoad2dMulticast(x, x_map, block * kBlockK, unit.m0 + rank * share, full,
+                                   (1 << Shape::kCluster) - 1, kEvictLast);
+      codes += static_cast<int64_t>(blocks_n) * kBlockBytes;
+      if (--left_in_group == 0) {
+        left_in_group = p.blocks_per_group;
+        row += p.n;
+      }
+      if (++slot == Shape::kStages) {
+        slot = 0;
+        parity ^= 1;
+      }
+    }
+  }
+}
+
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+  __device__ static inline Type Round(float lo, float hi) { return __floats2half2_rn(lo, hi); }
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+  __device__ static inline Type Round(float lo, float hi) { return __floats2bfloat162_rn(lo, hi); }
+};
+
+// One consumer thread's way through the stages.
+template <typename T, typename Shape>
+struct PersistentConsumer {
+  using T2 = typename PairOf<T>::Type;
+
+  uint32_t shared;
+  uint32_t codes;   // the lane's 16 bytes of the block of stage 0
+  uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
+  uint32_t empty;   // empty[0] of the CTA that the lane tells
+  bool releases;    // whether it tells any
+  int slot = 0, previous = 0;
+  uint32_t parity = 0;
+  uint32_t a[2][16];
+
+  __device__ static inline T2 Splat(uint16_t bits) {
+    const T value = reinterpret_cast<const T&>(bits);
+    return T2(value, value);
+  }
+
+  // Waits for the current stage, then a[kBuffer] = T((code - zero) * scale) of its block.
+  template <int kBuffer>
+  __device__ inline void Dequantize() {
+    ptx::MbarrierWait(Shape::Full(shared, slot), parity);  // S1
+    const uint4 words = ptx::LoadShared128(codes + slot * Shape::kCodeBytes);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    const uint32_t row = scales + slot * Shape::kRowBytes;
+    T2 scale[2], zero[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      scale[r] = Splat(ptx::LoadShared16(row + 16 * r));
+      if constexpr (Shape::kHasZeros)
+        zero[r] =
+            Splat(ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r));
+    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t unscaled[4];
+      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[step], unscaled);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        T2 value = reinterpret_cast<const T2&>(unscaled[i]);
+        if constexpr (Shape::kHasZeros) value = __hsub2(value, zero[i & 1]);
+        value = __hmul2(value, scale[i & 1]);
+        a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
+      }
+    }
+  }
+
+  __device__ inline void Release() {
+    if (releases) ptx::MbarrierArriveCluster(empty + 8 * previous);  // S2
+  }
+
+  // Starts the wgmmas of the block in a[kBuffer]; while they run, dequantises the next one.
+  template <int kTokens, int kBuffer>
+  __device__ inline void Step(float (&acc)[kTokens / 2], bool first, bool more) {
+    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + slot * Shape::kXBytes);
+    ptx::WgmmaFence(a[kBuffer]);
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4 * step], x + 2 * step, step > 0 || !first);
+    ptx::WgmmaCommit();
+    ptx::WgmmaWait<1>();  // S3
+    ptx::KeepAlive(a[kBuffer ^ 1]);
+    if (!first) Release();
+    previous = slot;
+    if (++slot == Shape::kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+    if (more) Dequantize<kBuffer ^ 1>();
+  }
+
+  // A unit: `blocks` blocks, of which a[0] holds the first. Leaves that of the next unit in a[0],
+  // if there are `more`.
+  template <int kTokens>
+  __device__ inline void Run(float (&acc)[kTokens / 2], int blocks, bool more) {
+    ptx::Undefined(acc);
+    int i = 0;
+    for (; i + 2 <= blocks; i += 2) {
+      Step<kTokens, 0>(acc, i == 0, true);
+      Step<kTokens, 1>(acc, false, i + 2 < blocks || more);
+    }
+    if (i < blocks) Step<kTokens, 0>(acc, i == 0, more);
+    ptx::WgmmaWait<0>();
+    ptx::KeepAlive(a[0]);
+    ptx::KeepAlive(a[1]);
+    ptx::Settle(acc);
+    Release();
+    if (i < blocks) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) a[0][j] = a[1][j];
+    }
+  }
+};
+
+// From a warpgroup's accumulators to `out`.
+template <typename T, typename Shape, int kTokens>
+__device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentParams& p,
+                                 const float (&acc)[kTokens / 2], uint32_t shared, int n0, int m0) {
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int first_n = n0 + kStoreRows * group, n = first_n + 16 * warp + lane / 4;
+  float bias[2] = {-0.0f, -0.0f};  // adding -0 changes nothing
+  if (p.bias != nullptr) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (n + 8 * r < p.n) bias[r] = static_cast<float>(static_cast<const T*>(p.bias)[n + 8 * r]);
+    }
+  }
+  if (p.out_is_f32) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = m0 + 8 * (i / 4) + 2 * (lane % 4) + (i & 1), r = (i >> 1) & 1;
+      if (token < p.m && n + 8 * r < p.n)
+        static_cast<float*>(p.out)[static_cast<int64_t>(token) * p.n + n + 8 * r] =
+            fmaf(p.alpha, acc[i], bias[r]);
+    }
+    return;
+  }
+  // [token][row], 128 bytes a token, in the tensor copies' 128-byte swizzle: the 16-byte pieces of
+  // a token are permuted by token % 8, which also spreads stmatrix over all banks.
+  const uint32_t staged = shared + Shape::kStagedOffset + group * Shape::kStagedBytes;
+  const uint32_t mine =
+      staged + (8 * (lane / 16) + lane % 8) * 128 + (((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16);
+  constexpr int kTokensAtOnce = kTokens < Shape::kStagedTokens ? kTokens : Shape::kStagedTokens;
+  const bool stores = threadIdx.x % 128 == 0;
+#pragma unroll
+  for (int begin = 0; begin < kTokens; begin += kTokensAtOnce) {
+    if (stores) ptx::BulkWaitRead<0>();
+    ptx::NamedBarrier(1 + group, 128);  // S4
+#pragma unroll
+    for (int token = 0; token < kTokensAtOnce; token += 16) {
+      uint32_t v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &acc[(begin + token) / 2 + 2 * i];
+        const auto rounded = PairOf<T>::Round(fmaf(p.alpha, pair[0], bias[i & 1]),
+                                              fmaf(p.alpha, pair[1], bias[i & 1]));
+        v[i] = reinterpret_cast<const uint32_t&>(rounded);
+      }
+      ptx::StoreMatrix4Transposed(mine + token * 128, v[0], v[1], v[2], v[3]);
+    }
+    ptx::FenceProxyAsync();
+    ptx::NamedBarrier(1 + group, 128);  // S4
+    if (stores && first_n < p.n) {
+      for (int token = 0; token < kTokensAtOnce; token += kStoreTokens)
+        ptx::TensorStore2d(&maps.out, staged + token * 128, first_n, m0 + begin + token);
+      ptx::BulkCommit();
+    }
+  }
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    GemmPersistent(const __grid_constant__ PersistentMaps maps,
+                   const __grid_constant__ PersistentParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char storage[];
+  const uint32_t shared = ptx::SharedAddress(storage);
+  const int lane = threadIdx.x % 32;
+  // The shuffle tells the compiler that a warp's threads agree on their role.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  if (threadIdx.x == Shape::kConsumers) {
+    ptx::PrefetchTensorMap(&maps.x);
+    for (int i = 0; i < Shape::kStages; ++i) {
+      ptx::MbarrierInit(Shape::Full(shared, i), 1);
+      ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kConsumers / 32 * Shape::kCluster);
+    }
+    ptx::FenceMbarrierInit();
+  }
+  if constexpr (Shape::kCluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::ClusterArrive();
+    ptx::ClusterWait();
+  }
+
+  const int rank = Shape::kCluster == 1 ? 0 : ptx::ClusterRank();
+  const int first = blockIdx.x / Shape::kCluster, stride = gridDim.x / Shape::kCluster;
+  if (warp >= Shape::kConsumers / 32) {
+    ptx::ReleaseRegisters<Shape::kProducerRegisters>();
+    if (warp == Shape::kConsumers / 32 && ptx::ElectOne())
+      ProduceUnits<T, Shape>(maps, p, shared, first, stride, rank);
+    __syncwarp();
+  } else {
+    ptx::TakeRegisters<Shape::kConsumerRegisters>();
+    const int told = lane < Shape::kCluster ? lane : 0;
+    PersistentConsumer<T, Shape> consumer{
+        .shared = shared,
+        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
+        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
+        .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
+        .releases = lane < Shape::kCluster,
+    };
+    const int blocks = static_cast<int>(CeilDiv(p.k, kBlockK));
+    consumer.template Dequantize<0>();
+    int index = first;
+    const auto run = [&]<int kTokens>(int end) {
+      for (; index < end; index += stride) {
+        const Unit unit = UnitOf<Shape>(p, index, rank);
+        float acc[kTokens / 2];
+        consumer.template Run<kTokens>(acc, blocks, index + stride < p.units);
+        StoreUnit<T, Shape, kTokens>(maps, p, acc, shared, unit.n0, unit.m0);
+      }
+    };
+    run.template operator()<Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
+    if constexpr (Shape::kMaxTailShift >= 1) {
+      if (p.tail_shift == 1) run.template operator()<Shape::kTileM / 2>(p.units);
+    }
+    if constexpr (Shape::kMaxTailShift >= 2) {
+      if (p.tail_shift == 2) run.template operator()<Shape::kTileM / 4>(p.units);
+    }
+    if (threadIdx.x % 128 == 0) ptx::BulkWaitRead<0>();
+    __syncwarp();
+  }
+  if constexpr (Shape::kCluster > 1) {
+    ptx::ClusterArrive();  // S5
+    ptx::ClusterWait();
+  }
+#else
+  __trap();
+#endif
+}
+
+// The instantiation for `config`; kernel is nullptr if configs.inc has no such line.
+template <typename T>
+PersistentKernel FindPersistent(const Config& config, bool has_zeros) {
+#define W4A16_DECODE(...)
+#define W4A16_WGMMA(...)
+#define W4A16_CUTLASS(...)
+#define W4A16_PERSISTENT(N, M, STAGES, CLUSTER, ...)                                               \
+  if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                       \
+      config.cluster_n == CLUSTER) {                                                               \
+    using Plain = PersistentShape<false, N, M, STAGES, CLUSTER>;                                   \
+    using Zeros = PersistentShape<true, N, M, STAGES, CLUSTER>;                                    \
+    return has_zeros                                                                               \
+               ? PersistentKernel{GemmPersistent<T, Zeros>, Zeros::kThreads, Zeros::kSharedBytes}  \
+               : PersistentKernel{GemmPersistent<T, Plain>, Plain::kThreads, Plain::kSharedBytes}; \
+  }
+#include "configs.inc"
+#undef W4A16_DECODE
+#undef W4A16_WGMMA
+#undef W4A16_CUTLASS
+#undef W4A16_PERSISTENT
+  return {};
+}
+
+PersistentKernel FindPersistentF16(const Config& config, bool has_zeros);
+PersistentKernel FindPersistentBf16(const Config& config, bool has_zeros);
+
+}  // namespace w4a16

@@ -1,0 +1,16 @@
+// Tensor maps: what the copy engine needs to know of a matrix in global memory.
+#pragma once
+
+#include <cuda.h>
+
+#include "problem.h"
+
+namespace w4a16 {
+
+// A row-major matrix of 16-bit floats, rows x columns, in boxes of box_rows x 64 columns, which lie
+// in shared memory as rows of 128 bytes in the 128-byte swizzle. What lies outside reads as zero
+// and is not written. columns % 8 == 0, box_rows <= 256, `data` aligned to 16 bytes.
+Status EncodeTensorMap(const void* data, DType type, int64_t rows, int64_t columns, int box_rows,
+                       CUtensorMap* map);
+
+}  // namespace w4a16
