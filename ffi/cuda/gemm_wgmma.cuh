@@ -20,12 +20,16 @@
 //     scales  kTileN values for every group that the stage meets     bulk copies
 //     zeros   likewise, if kHasZeros
 //
-//   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish kTileM / kSplitK
-//   tokens each, out of the float32 partial tiles that they send one another, summed in rank order.
+//   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
+//   tile's tokens each, out of the float32 sums that they send one another, added in rank order.
 //   Every element is summed and written by one thread, so its bits do not depend on timing.
 //
-// A wgmma and the instructions that dequantise compete for the register file: a block costs about
-// the sum of both, not the larger. So the loop is kept short, and wide token tiles pay.
+// Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
+// A has been read, that is, until the wgmma before it is done. So half a block is dequantised
+// between two pairs of wgmmas, and all that can wait (barriers, shared memory) comes before the
+// last pair. Small problems are bound by what comes before and after the loop: a release at the
+// cluster's scope costs about a microsecond, hence st.async; so do instructions fetched for the
+// first time, hence loops instead of unrolled code.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -39,16 +43,18 @@
 //       after the wait that retires the warp's wgmmas on the stage; what the warp itself read from
 //       the stage is in their operands. compute-sanitizer's racecheck does not follow this from
 //       lane to lane: built with W4A16_RACECHECK, every lane arrives for itself.
-//   S3  A registers: the two buffers alternate. A buffer is rewritten only after a wait that leaves
-//       no wgmmas but those of the other buffer in flight.
-//   S4  Partial tiles overlay the stages. A consumer writes its part once all consumers of the CTA
-//       have passed their last read (named barrier 1).
-//   S5  A CTA sends to another only after the cluster barrier that all consumers reach after their
-//       last read: the receiver's stages are free then, and `received` is initialised.
-//   S6  What the sender's threads wrote is fenced to the async proxy before named barrier 1, behind
-//       which one warp starts the copies; `received` completes when all peers' bytes have landed.
-//   S7  No CTA exits before the second cluster barrier, which each reaches after `received`: copies
-//       read the sender's shared memory until then.
+//   S3  A registers: the two halves of a block alternate. A half is rewritten only after a wait
+//   that
+//       leaves no wgmmas but those of the other half in flight.
+//   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
+//       consumers of the CTA have passed their last read (named barrier 2).
+//   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
+//       initialised its barriers. Inboxes overlay nothing.
+//   S6  received: completes when the sums of all other ranks have landed in the inbox (st.async
+//       counts its bytes there). Each CTA waits for it, so none exits while others write to it.
+//   S7  Consumers touch no barrier before named barrier 1, at which the producer's warp arrives
+//   when
+//       it has initialised them all.
 #pragma once
 
 #include <climits>
@@ -91,18 +97,13 @@ struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kSplitK_, int kGroupsK_ = 1,
-          int kShareX_ = 1>
+template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
 struct WgmmaShape {
   static constexpr bool kHasZeros = kHasZeros_;
   static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kSplitK = kSplitK_;
-  static constexpr int kGroupsK = kGroupsK_;
-  static constexpr int kShareX = kShareX_, kCluster = kSplitK * kShareX;
-  static_assert(kTileM % (8 * kShareX) == 0);
   static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2);
 
-  static constexpr int kThreadsOfGroup = 2 * kTileN;  // a warpgroup for every 64 rows
-  static constexpr int kConsumers = kThreadsOfGroup * kGroupsK;
+  static constexpr int kConsumers = 2 * kTileN;  // a warpgroup for every 64 rows
 
   // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
   // Tiles that need more than an even share get a producer warpgroup, which gives up its registers.
@@ -121,7 +122,7 @@ struct WgmmaShape {
   static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
 
   // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
-  static constexpr int kBlocks = kGroupsK > 1 ? kGroupsK : kTileM <= 64 ? 2 : 1;
+  static constexpr int kBlocks = kTileM <= 64 ? 2 : 1;
   static constexpr int kScaleRows = 2 * kBlocks;  // one for every 32 codes at most
 
   static constexpr int kXBytes = kTileM * 128;                       // one block
@@ -134,19 +135,19 @@ struct WgmmaShape {
   static constexpr int kPipelineBytes =
       kZeroOffset + (kHasZeros ? kStages * kScaleRows * kRowBytes : 0);
 
-  // The parts of K, kGroupsK in each CTA of the cluster, finish a slice of the tile's chunks of
-  // eight tokens each. A part's inbox holds the sums that the other parts made of its slice.
-  static constexpr int kParts = kSplitK * kGroupsK;
+  // Each rank of the cluster finishes a slice of the tile's chunks of eight tokens. What it has
+  // summed of it stays in place of the stages; the other ranks' sums come to its inbox.
   static constexpr int kChunks = kTileM / 8;
-  static constexpr int kSliceChunks = (kChunks + kParts - 1) / kParts;
-  static constexpr int kChunkBytes = kThreadsOfGroup * 16;  // four sums a thread
+  static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
+  static constexpr int kChunkBytes = kConsumers * 16;  // four sums a thread
   static constexpr int kSliceBytes = kSliceChunks * kChunkBytes;
-  static constexpr int kInboxBytes = (kParts - 1) * kSliceBytes;
-  static constexpr int kKeptBytes = kGroupsK * kSliceBytes;  // overlays the stages
-  static constexpr int kInboxOffset = kPipelineBytes > kKeptBytes ? kPipelineBytes : kKeptBytes;
+  static constexpr int kInboxOffset = kPipelineBytes > kSliceBytes ? kPipelineBytes : kSliceBytes;
+  __device__ static int ChunksOf(int rank) {
+    return max(0, min(kSliceChunks, kChunks - rank * kSliceChunks));
+  }
 
-  static constexpr int kBarrierOffset = kInboxOffset + kGroupsK * kInboxBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + kGroupsK) * 8;
+  static constexpr int kBarrierOffset = kInboxOffset + (kSplitK - 1) * kSliceBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 1) * 8;
 
   __device__ static uint32_t Full(uint32_t shared, int slot) {
     return shared + kBarrierOffset + 8 * slot;
@@ -154,9 +155,7 @@ struct WgmmaShape {
   __device__ static uint32_t Empty(uint32_t shared, int slot) {
     return Full(shared, kStages + slot);
   }
-  __device__ static uint32_t Received(uint32_t shared, int group) {
-    return Full(shared, 2 * kStages + group);
-  }
+  __device__ static uint32_t Received(uint32_t shared) { return Full(shared, 2 * kStages); }
 
   static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
   static_assert(kSharedBytes <= kSharedPerSm);
@@ -176,14 +175,11 @@ struct WgmmaShape {
 template <typename T, typename Shape>
 __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
                                      uint32_t shared, int begin, int end, int n0, int m0,
-                                     int scale_shift, int rank, int share) {
+                                     int scale_shift) {
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
-  // A CTA that shares x may lie beyond N: it loads its part of x alone.
-  const bool inside = Shape::kShareX == 1 || n0 < p.n;
-  const uint32_t code_bytes =
-      inside ? min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes : 0;
-  const uint32_t row_bytes = inside ? min(Shape::kTileN, p.n - n0) * 2 : 0;
+  const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
+  const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
   const int64_t code_stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
   const char* codes = reinterpret_cast<const char*>(p.qweight) +
                       begin * Shape::kBlocks * code_stride +
@@ -217,17 +213,10 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
       if (b >= blocks) break;
       const int place = slot * Shape::kBlocks + b;
       if (elected) {
-        if (inside)
-          ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
-                        full, weight_policy);
-        const uint32_t x = shared + Shape::kXOffset + place * Shape::kXBytes;
-        const int k = (chunk * Shape::kBlocks + b) * kBlockK;
-        if constexpr (Shape::kShareX == 1)
-          ptx::TensorLoad2d(x, &x_map, k, m0, full, keep);
-        else
-          ptx::TensorLoad2dMulticast(x + share * (Shape::kXBytes / Shape::kShareX), &x_map, k,
-                                     m0 + share * (Shape::kTileM / Shape::kShareX), full,
-                                     ((1 << Shape::kShareX) - 1) << (rank * Shape::kShareX), keep);
+        ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
+                      full, weight_policy);
+        ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
+                          (chunk * Shape::kBlocks + b) * kBlockK, m0, full, keep);
       }
       codes += code_stride;
     }
@@ -241,7 +230,7 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
       }
       row_k += 32 << scale_shift;
       const int place = slot * Shape::kScaleRows + row;
-      if (elected && inside) {
+      if (elected) {
         ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes, scales, row_bytes,
                       full, weight_policy);
         if constexpr (Shape::kHasZeros)
@@ -263,15 +252,11 @@ enum class Lasts { kHalfBlock, kBlock, kStage };
 template <typename T, typename Shape>
 struct Consumer {
   using T2 = typename Pair<T>::Type;
-  static constexpr int kMine = Shape::kBlocks / Shape::kGroupsK;  // blocks of a stage
 
   uint32_t shared;
-  // In stage 0, where its blocks start:
-  uint32_t x;
-  uint32_t codes;   // the lane's 16 bytes
+  uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
-  bool releases;    // arrives at empty[] of rank
-  int rank;
+  bool releases;    // arrives at empty[]
   float acc[Shape::kTileM / 2] = {};
   uint32_t a[2][8];  // A fragments of two k16 steps each
 
@@ -327,7 +312,8 @@ struct Consumer {
   __device__ inline void Step(int slot, int block, Ahead* ahead, bool release_previous,
                               F read_ahead) {
     const int place = slot * Shape::kBlocks + block;
-    const uint64_t b = ptx::DescriptorSwizzle128(x) + place * (Shape::kXBytes / 16);
+    const uint64_t b =
+        ptx::DescriptorSwizzle128(shared + Shape::kXOffset) + place * (Shape::kXBytes / 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (kLasts == Lasts::kHalfBlock) LoadFactors(slot, 2 * block + half, &ahead->factors);
@@ -340,21 +326,14 @@ struct Consumer {
       ptx::WgmmaCommit();
       ptx::WgmmaWait<1>();  // S3
       ptx::KeepAlive(a[half ^ 1]);
-      if (half == 0 && release_previous) {  // S2
-        const uint32_t empty = Shape::Empty(shared, slot == 0 ? Shape::kStages - 1 : slot - 1);
-        if constexpr (Shape::kShareX == 1)
-          ptx::MbarrierArrive(empty);
-        else
-          ptx::MbarrierArriveCluster(ptx::MapShared(empty, rank));
-      }
+      if (half == 0 && release_previous)
+        ptx::MbarrierArrive(Shape::Empty(shared, slot == 0 ? Shape::kStages - 1 : slot - 1));  // S2
     }
   }
 
-  // Its blocks of a number of stages. The last stages are not released: nobody waits for them, and
-  // the CTA to be told may be gone.
+  // The last stage is not released: nobody waits for it.
   template <Lasts kLasts>
-  __device__ inline void Run(int blocks, int stages) {
-    const uint32_t refills = max(0, stages - Shape::kStages);
+  __device__ inline void Run(int blocks) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
     Ahead ahead;
@@ -366,18 +345,18 @@ struct Consumer {
     }
     // Not unrolled further: instructions met for the first time cost more than those saved.
 #pragma unroll 1
-    for (int i = 0; i < blocks; i += kMine) {
+    for (int i = 0; i < blocks; i += Shape::kBlocks) {
       const int next = slot == Shape::kStages - 1 ? 0 : slot + 1;
       if (next == 0) parity ^= 1;
       const auto read_next_stage = [&] {
-        if (i + kMine >= blocks) return;
+        if (i + Shape::kBlocks >= blocks) return;
         ptx::MbarrierWait(Shape::Full(shared, next), parity);  // S1
         ReadAhead<kLasts>(next, 0, &ahead);
       };
-      if constexpr (kMine == 1) {
-        Step<kLasts>(slot, 0, &ahead, releases && i - 1u < refills, read_next_stage);
+      if constexpr (Shape::kBlocks == 1) {
+        Step<kLasts>(slot, 0, &ahead, releases && i > 0, read_next_stage);
       } else {
-        Step<kLasts>(slot, 0, &ahead, releases && i / 2 - 1u < refills, [&] {
+        Step<kLasts>(slot, 0, &ahead, releases && i > 0, [&] {
           if (i + 1 < blocks) ReadAhead<kLasts>(slot, 1, &ahead);
         });
         if (i + 1 < blocks) Step<kLasts>(slot, 1, &ahead, false, read_next_stage);
@@ -424,12 +403,14 @@ __device__ inline void StoreChunk(const WgmmaParams& p, int token, int n, float 
     *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.n + row) = four;
 }
 
-// From the accumulators to `out`, by way of the inboxes if K has parts. `part` is the thread's.
+// From the accumulators to `out`, by way of the inboxes if kSplitK > 1. Each thread's sums of a
+// slice stay with it, or go to the same thread of the slice's rank; what follows is then a short
+// loop: instructions met for the first time cost more than the detour.
 template <typename T, typename Shape>
 __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
-                                  uint32_t shared, int part, int share, int n0, int m0) {
-  constexpr int kParts = Shape::kParts, kGroupsK = Shape::kGroupsK, kSlice = Shape::kSliceChunks;
-  const int thread = threadIdx.x % Shape::kThreadsOfGroup, lane = thread % 32;
+                                  uint32_t shared, int rank, int n0, int m0) {
+  constexpr int kSplitK = Shape::kSplitK;
+  const int thread = threadIdx.x, lane = thread % 32;
   const int n = n0 + thread / 32 * 16;
   float bias[2] = {};
   if (p.bias != nullptr) {
@@ -437,38 +418,31 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
     for (int r = 0; r < 2; ++r)
       if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
   }
-  // Each thread's sums of a slice stay with it, or go to the same thread of the slice's owner. What
-  // follows is then a short loop: instructions met for the first time cost more than the detour.
-  const uint32_t inboxes = shared + Shape::kInboxOffset + thread * 16;
-  const uint32_t own = shared + part % kGroupsK * Shape::kSliceBytes + thread * 16;
-  ptx::NamedBarrier(2, Shape::kConsumers);                // S4
-  if constexpr (Shape::kCluster > 1) ptx::ClusterWait();  // S5
+  const uint32_t own = shared + thread * 16, inbox = own + Shape::kInboxOffset;
+  ptx::NamedBarrier(2, Shape::kConsumers);        // S4
+  if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
 #pragma unroll
   for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
-    const int owner = chunk / kSlice, place = chunk % kSlice * Shape::kChunkBytes;
+    const int owner = chunk / Shape::kSliceChunks;
+    const int place = chunk % Shape::kSliceChunks * Shape::kChunkBytes;
     const float* v = &acc[4 * chunk];
-    if (owner == part) {
+    if (owner == rank) {
       ptx::StoreShared(own + place, v[0], v[1], v[2], v[3]);
     } else {
-      const uint32_t to = inboxes + owner % kGroupsK * Shape::kInboxBytes +
-                          (part - (part > owner)) * Shape::kSliceBytes + place;
-      const uint32_t received = Shape::Received(shared, owner % kGroupsK);
-      const int to_rank = owner / kGroupsK * Shape::kShareX + share;
-      ptx::StoreAsync(ptx::MapShared(to, to_rank), ptx::MapShared(received, to_rank), v[0], v[1],
-                      v[2], v[3]);
+      const uint32_t to = inbox + (rank - (rank > owner)) * Shape::kSliceBytes + place;
+      ptx::StoreAsync(ptx::MapShared(to, owner), ptx::MapShared(Shape::Received(shared), owner),
+                      v[0], v[1], v[2], v[3]);
     }
   }
-  const int chunks = max(0, min(kSlice, Shape::kChunks - part * kSlice));
-  if (kParts > 1 && chunks > 0)
-    ptx::MbarrierWait(Shape::Received(shared, part % kGroupsK), 0);  // S6
-  const uint32_t inbox = inboxes + part % kGroupsK * Shape::kInboxBytes;
+  const int chunks = Shape::ChunksOf(rank);
+  if (kSplitK > 1 && chunks > 0) ptx::MbarrierWaitCluster(Shape::Received(shared), 0);  // S6
 #pragma unroll(Shape::kTileM >= 128 ? 4 : 2)
   for (int i = 0; i < chunks; ++i) {
     float v[4];
 #pragma unroll
-    for (int source = 0; source < kParts; ++source) {
+    for (int source = 0; source < kSplitK; ++source) {
       const uint32_t from =
-          source == part ? own : inbox + (source - (source > part)) * Shape::kSliceBytes;
+          source == rank ? own : inbox + (source - (source > rank)) * Shape::kSliceBytes;
       const uint4 bits = ptx::LoadShared128(from + i * Shape::kChunkBytes);
       const float4 w = reinterpret_cast<const float4&>(bits);
       v[0] = source == 0 ? w.x : v[0] + w.x;
@@ -476,7 +450,7 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
       v[2] = source == 0 ? w.z : v[2] + w.z;
       v[3] = source == 0 ? w.w : v[3] + w.w;
     }
-    StoreChunk<T>(p, m0 + 8 * (part * kSlice + i), n, v, bias);
+    StoreChunk<T>(p, m0 + 8 * (rank * Shape::kSliceChunks + i), n, v, bias);
   }
 }
 
@@ -505,80 +479,67 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   const int lane = threadIdx.x % 32;
   // The shuffle tells the compiler that a warp's threads agree on their role.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  const int rank = blockIdx.x % Shape::kCluster / Shape::kShareX;
-  const int share = blockIdx.x % Shape::kShareX;
+  const int rank = blockIdx.x % Shape::kSplitK;
   constexpr int kProducerWarp = Shape::kConsumers / 32;
   if (warp == kProducerWarp) {
     if (ptx::ElectOne()) {
       ptx::PrefetchTensorMap(&x_map);
       for (int i = 0; i < Shape::kStages; ++i) {
         ptx::MbarrierInit(Shape::Full(shared, i), 1);
-        ptx::MbarrierInit(Shape::Empty(shared, i),
-                          kProducerWarp * Shape::kReleasingLanes * Shape::kShareX);
+        ptx::MbarrierInit(Shape::Empty(shared, i), kProducerWarp * Shape::kReleasingLanes);
       }
-      for (int group = 0; group < Shape::kGroupsK; ++group) {
-        const int part = rank * Shape::kGroupsK + group;
-        const int chunks = min(Shape::kSliceChunks, Shape::kChunks - part * Shape::kSliceChunks);
-        ptx::MbarrierInit(Shape::Received(shared, group), 1);
-        if (Shape::kParts > 1 && chunks > 0)
-          ptx::MbarrierArriveExpectTx(Shape::Received(shared, group),
-                                      (Shape::kParts - 1) * chunks * Shape::kChunkBytes);
-      }
+      ptx::MbarrierInit(Shape::Received(shared), 1);
       ptx::FenceMbarrierInit();
+      if (Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
+        ptx::MbarrierArriveExpectTx(
+            Shape::Received(shared),
+            (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
     }
     __syncwarp();
   }
-  if constexpr (Shape::kCluster > 1) ptx::ClusterArriveRelaxed();  // S5
+  if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
+  // The producer starts at once; the others wait for its barriers.
   if (warp == kProducerWarp)
-    ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);
+    ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);  // S7
   else if (warp < kProducerWarp)
-    ptx::NamedBarrier(1, Shape::kConsumers + 32);
+    ptx::NamedBarrier(1, Shape::kConsumers + 32);  // S7
 
   int tile_n, tile_m;
-  TileOf(p, blockIdx.x / Shape::kCluster, &tile_n, &tile_m);
-  const int n0 = (tile_n * Shape::kShareX + share) * Shape::kTileN, m0 = tile_m * Shape::kTileM;
+  TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
+  const int n0 = tile_n * Shape::kTileN, m0 = tile_m * Shape::kTileM;
 
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int64_t chunks = CeilDiv(blocks_k, Shape::kBlocks);
   const int begin = static_cast<int>(chunks * rank / Shape::kSplitK);
   const int end = static_cast<int>(chunks * (rank + 1) / Shape::kSplitK);
   // Runs of 2^scale_shift x 32 codes, aligned to their length, lie in one group.
-  constexpr int kMaxShift = Shape::kBlocks == 4 ? 3 : Shape::kBlocks == 2 ? 2 : 1;
+  constexpr int kMaxShift = Shape::kBlocks == 2 ? 2 : 1;
   const int scale_shift = p.groups == 1 ? kMaxShift : min(kMaxShift, __ffs(p.group_size / 32) - 1);
 
-  if (warp >= Shape::kConsumers / 32) {
+  if (warp >= kProducerWarp) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
-    if constexpr (Shape::kShareX > 1) ptx::ClusterWait();  // S5
     if (warp == kProducerWarp)
-      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift, rank, share);
-    if constexpr (Shape::kSplitK > 1 && Shape::kShareX == 1) {
+      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift);
+    if constexpr (Shape::kSplitK > 1) {
       __syncwarp();
       ptx::ClusterWait();  // S5
     }
   } else {
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
-    constexpr int kWarpsOfGroup = Shape::kThreadsOfGroup / 32;
-    const int row_block = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
     Consumer<T, Shape> consumer{
         .shared = shared,
-        .x = shared + Shape::kXOffset + group * Shape::kXBytes,
-        .codes = shared + Shape::kCodeOffset + group * Shape::kCodeBytes + row_block * kBlockBytes +
-                 lane * 16,
-        .scales = shared + Shape::kScaleOffset + ((2 * group) >> scale_shift) * Shape::kRowBytes +
-                  (16 * row_block + lane / 4) * 2,
-        .releases = lane < Shape::kReleasingLanes * Shape::kShareX,
-        .rank = rank * Shape::kShareX + lane % Shape::kShareX,
+        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
+        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
+        .releases = lane < Shape::kReleasingLanes,
     };
-    int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
-    if constexpr (Shape::kGroupsK > 1)
-      blocks = (blocks - group + Shape::kGroupsK - 1) / Shape::kGroupsK;
+    const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
     if (scale_shift == 0)
-      consumer.template Run<Lasts::kHalfBlock>(blocks, end - begin);
-    else if (consumer.kMine == 1 || scale_shift == 1)
-      consumer.template Run<Lasts::kBlock>(blocks, end - begin);
+      consumer.template Run<Lasts::kHalfBlock>(blocks);
+    else if (Shape::kBlocks == 1 || scale_shift == 1)
+      consumer.template Run<Lasts::kBlock>(blocks);
     else
-      consumer.template Run<Lasts::kStage>(blocks, end - begin);
-    FinishTile<T, Shape>(p, consumer.acc, shared, rank * Shape::kGroupsK + group, share, n0, m0);
+      consumer.template Run<Lasts::kStage>(blocks);
+    FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }
 #else
   __trap();

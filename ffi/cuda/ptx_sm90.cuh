@@ -107,6 +107,19 @@ __device__ inline void MbarrierWait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// The same for a phase that other CTAs of the cluster complete.
+__device__ inline void MbarrierWaitCluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 // --- copies through the async proxy ---
 
 __device__ inline uint64_t PolicyEvictFirst() {
