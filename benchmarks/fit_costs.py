@@ -43,22 +43,20 @@ def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
     if "StreamK" in config["name"] and tiles % SMS and steps > 8:
         return np.array([1, tiles / SMS * steps, tiles / SMS + 1])
     if config["family"] == "persistent":
-        waves = persistent_waves(config, tiles)
+        waves = persistent_waves(config, tiles, steps)
     else:
         waves = ceil_div(tiles * config["split_k"], SMS)
     return np.array([1, max(waves, fill) * steps, waves])
 
 
-def persistent_waves(config: dict, tiles: int) -> float:
+def persistent_waves(config: dict, tiles: int, steps: int) -> float:
     """Waves, in whole tiles: the twin of SchedulePersistent in gemm_persistent.h."""
     clusters = SMS // config["cluster_n"]
     whole, rest = divmod(tiles // config["cluster_n"], clusters)
-    tile_m = config["tile_m"]
-    shifts = 3 if tile_m % 256 == 0 else 2 if tile_m % 128 == 0 else 1
-    return whole + min(
-        ceil_div(rest << shift, clusters) * ((tile_m >> shift) + 42) / (tile_m + 42)
-        for shift in range(shifts)
-    )
+    waves = whole + (rest > 0)
+    if rest * steps < clusters:
+        return waves
+    return min(waves, whole + rest / clusters + (2 + 2 * clusters / rest) / steps)
 
 
 def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cuda/decode.h"
+#include "cuda/gemm_persistent.h"
 
 namespace w4a16 {
 namespace {
@@ -11,15 +12,16 @@ namespace {
 constexpr Config kConfigs[] = {
 #define W4A16_COSTS(START, STEP, TILE, FILL) \
   .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, .fill = FILL##f
-#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                     \
-  {.name = "decode_" #N "x" #M "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kDecode,                                                   \
-   .tile_n = N,                                                                 \
-   .tile_m = M,                                                                 \
-   .warps = WARPS,                                                              \
-   .team = TEAM,                                                                \
-   .stages = STAGES,                                                            \
-   .split_k = SPLIT,                                                            \
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                          \
+  {.name = "decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kDecode,                                                                \
+   .tile_n = N,                                                                              \
+   .tile_m = M,                                                                              \
+   .blocks = BLOCKS,                                                                         \
+   .warps = WARPS,                                                                           \
+   .team = TEAM,                                                                             \
+   .stages = STAGES,                                                                         \
+   .split_k = SPLIT,                                                                         \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)           \
   {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
@@ -152,10 +154,12 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   return {};
 }
 
-// What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of CUTLASS counts
-// for clusters of one CTA: the last full wave and the partial one are cut along K, and each of
-// their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
+// For CUTLASS, what PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of
+// CUTLASS counts for clusters of one CTA: the last full wave and the partial one are cut along K,
+// and each of their tiles keeps its float32 sums and one 4-byte barrier for each of two warpgroups.
 int64_t WorkspaceBytes(const Problem& p, const Device& device, const Config& config) {
+  if (config.family == Family::kPersistent)
+    return PersistentWorkspaceBytes(p, config, device.num_sms);
   if (config.scheduler != Scheduler::kStreamK) return 0;
   constexpr int64_t kMinTilesK = 8;  // with no more than these along K, nothing is cut
   const int64_t tiles = CeilDiv(p.n, config.tile_n) * CeilDiv(p.m, config.tile_m);

@@ -26,6 +26,7 @@ struct Config {
   Family family;
   int tile_n;
   int tile_m;
+  int blocks = 0;     // decode: blocks of K in a stage
   int warps = 0;      // decode: warps of a CTA; teams of them share a tile's K,
   int team = 1;       // a team's warps share its N
   int stages = 0;     // depth of the pipeline (0: chosen by CUTLASS)

@@ -11,7 +11,7 @@ namespace w4a16 {
 Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return {};
   const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
-  DecodeKernelPointer kernel = find(config, p.has_zeros, StageParts(p, config.tile_m));
+  DecodeKernelPointer kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
   if (kernel == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
 
   const DecodeSharedMemory shared = SharedMemoryOfDecode(p, config);
@@ -36,13 +36,14 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
       .blocks_n = static_cast<int>(BlocksN(p.n)),
-      .blocks_k = static_cast<int>(BlocksK(p.k)),
+      .units = static_cast<int>(CeilDiv(BlocksK(p.k), config.blocks)),
       .tiles_m = static_cast<int>(tiles_m),
       .log2_split_k = std::countr_zero(static_cast<unsigned>(config.split_k)),
       .group_multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + group_size - 1) /
                                                 static_cast<uint64_t>(group_size)),
       .group_shift = shift - 1,
       .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
+      .received_bytes = ReceivedBytes(config.tile_n, config.tile_m, config.split_k),
       .stage_bytes = shared.stage_bytes,
       .team_bytes = shared.team_bytes,
       .x_aligned = p.k % 8 == 0,

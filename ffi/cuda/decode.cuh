@@ -4,7 +4,7 @@
 //
 // computed as out^T = w^T x^T with mma.m16n8k16, the packed weight being operand A as it is stored.
 //
-//             tokens                    K (units of StageBlocks blocks of 64)
+//             tokens                    K (units of kBlocks blocks of 64)
 //            +-------+              +----+----+----+----+----+----+----+----+
 //   tile_n   |       |     tile_n   | w0 | w1 | w2 | w3 | w0 | w1 | w2 | w3 |   a CTA's share of K
 //   (N)      |  CTA  |  =  (N)      |    |    |    |    |    |    |    |    |   (1 / split_k of it)
@@ -54,14 +54,15 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   return ToFloat(*reinterpret_cast<const T*>(&bits));
 }
 
-// Threads of a CTA, at most: as many as the registers serve (128 or 255 each).
+// Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread.
 __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
-  return tile_n * tile_m <= 64 * 8 * team ? 512 : 256;
+  const int outputs = tile_n * tile_m / team;  // of a warp
+  return outputs <= 80 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
-// Fills a team's stages, each with one unit of K (StageBlocks blocks), in order: the units `first`,
+// Fills a team's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
 // first + step, ...
-template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
+template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
 class StageLoader {
  public:
   __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int thread,
@@ -71,6 +72,7 @@ class StageLoader {
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
         row_blocks_(p.blocks_n - n0 / kBlockN),
+        whole_tile_(row_blocks_ >= kTileBlocks),
         policy_(EvictFirstPolicy()),
         k0_(first * kUnitK),
         step_(step * kUnitK),
@@ -84,7 +86,7 @@ class StageLoader {
   __device__ __forceinline__ void Load(uint32_t stage) {
     LoadWeights(stage);
     const uint32_t x_stage = stage + kBlocks * kTileBlocks * kBlockBytes;
-    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kTileM);
+    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kBlocks);
     if (!kGeneral || p_.x_aligned) {
       LoadX(x_stage);
     } else {
@@ -102,7 +104,6 @@ class StageLoader {
 
  private:
   static constexpr int kThreads = 32 * kTeam;
-  static constexpr int kBlocks = StageBlocks(kTileM);
   static constexpr int kUnitK = kBlocks * kBlockK;
   static constexpr int kTileBlocks = kTileN / kBlockN;
   static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
@@ -111,7 +112,7 @@ class StageLoader {
 
   __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
     const uint32_t dst = stage + 16 * thread_;
-    if (row_blocks_ >= kTileBlocks && k0_ + kUnitK <= p_.k) {
+    if (whole_tile_ && k0_ + kUnitK <= p_.k) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -133,12 +134,20 @@ class StageLoader {
 
   __device__ __forceinline__ void LoadX(uint32_t dst) const {
     const int row = thread_ / kChunks, chunk = thread_ % kChunks;
-    const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
-    dst += row * XRowBytes(kTileM) + 16 * chunk;
+    constexpr int kPass = kThreads / kChunks;  // rows copied at a time
+    const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
+    const char* x = reinterpret_cast<const char*>(x_);
+    dst += row * XRowBytes(kBlocks) + 16 * chunk;
+    if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
 #pragma unroll
-    for (int first = 0; first < kTileM; first += kThreads / kChunks)
-      CopyAsyncShared(dst + first * XRowBytes(kTileM), x_ + static_cast<int64_t>(first) * p_.k,
-                      first + row < rows_, valid);
+      for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
+        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x);
+    } else {
+      const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
+#pragma unroll
+      for (int i = 0; i * kPass < kTileM; ++i, x += pass_bytes)
+        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, i * kPass + row < rows_, valid);
+    }
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
@@ -149,7 +158,7 @@ class StageLoader {
       uint16_t v = 0;
       if (k0_ + k < p_.k)
         v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
-      StoreShared16(dst + row * XRowBytes(kTileM) + 2 * k, v);
+      StoreShared16(dst + row * XRowBytes(kBlocks) + 2 * k, v);
     }
   }
 
@@ -158,9 +167,8 @@ class StageLoader {
     const int part = row % kParts;
     // The last unit may reach past K.
     const int k = part == 0 ? k0_ : min(k0_ + part * (kUnitK / kParts), p_.k - 1);
-    const int group =
-        static_cast<int>(static_cast<uint64_t>(k) * p_.group_multiplier >> 32) >> p_.group_shift;
-    return static_cast<const T*>(row < kParts ? p_.scales : p_.zeros) +
+    const int group = static_cast<int>(__umulhi(k, p_.group_multiplier) >> p_.group_shift);
+    return static_cast<const T*>(!kZeros || row < kParts ? p_.scales : p_.zeros) +
            static_cast<int64_t>(group) * p_.n + n0_;
   }
 
@@ -185,6 +193,7 @@ class StageLoader {
 
   const DecodeParams& p_;
   const int thread_, n0_, rows_, row_blocks_;
+  const bool whole_tile_;
   const uint64_t policy_;
   int k0_;
   const int step_;
@@ -193,23 +202,22 @@ class StageLoader {
   const T* x_;
 };
 
-// With few tokens sum(x) costs less than subtracting 8 from every code.
-__host__ __device__ constexpr bool UsesAffineCodes(int tile_m, bool zeros) {
-  return zeros || tile_m <= 16;
+// Where a warp has rows enough to share it, sum(x) costs less than subtracting 8 from every code.
+__host__ __device__ constexpr bool UsesAffineCodes(int rows, int tile_m, bool zeros) {
+  return zeros || rows > 2 * tile_m;
 }
 
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
-template <typename T, int kTileN, int kTileM, int kTeam, bool kZeros, int kParts>
+template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
 __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_rows,
                                               const uint32_t (&x_offset)[kTileM / 8], int lane,
                                               float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kRowBlocks = kTileBlocks / kTeam;  // this warp's
-  constexpr int kBlocks = StageBlocks(kTileM);
-  constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
-  constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
+  constexpr int kSteps = 4 * kBlocks / kParts;     // mma steps in a part
+  constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
   constexpr int kRows = 2;
@@ -218,7 +226,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
                                  D::InverseStep(1)};
   const uint32_t words_address = stage + member * (kRowBlocks * kBlockBytes) + 16 * lane;
   const uint32_t scale_address = stage + kBlocks * kTileBlocks * kBlockBytes +
-                                 x_rows * XRowBytes(kTileM) +
+                                 x_rows * XRowBytes(kBlocks) +
                                  2 * (member * kRowBlocks * kBlockN + lane / 4);
 
   // Parts are outermost, so that x and its sums live for one part alone.
@@ -357,7 +365,8 @@ __device__ __forceinline__ void TeamBarrier(int team) {
   }
 }
 
-template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros, int kParts>
+template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
+          int kParts>
 __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
@@ -378,17 +387,16 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
 
   // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
-  constexpr int kBlocks = StageBlocks(kTileM);
-  const int units = (p.blocks_k + kBlocks - 1) / kBlocks;
-  const int first = (units * rank >> log2_split) + team;
-  const int end = units * (rank + 1) >> log2_split;
+  const int first = (p.units * rank >> log2_split) + team;
+  const int end = p.units * (rank + 1) >> log2_split;
 
-  char* const partials = shared + ReceivedBytes(kTileN, kTileM, split);
+  char* const partials = shared + p.received_bytes;
   char* const ring = partials + team * p.team_bytes;
   const uint32_t ring_address = SharedAddress(ring);
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
-  StageLoader<T, kTileN, kTileM, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first, num_teams);
+  StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first,
+                                                                        num_teams);
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) {
     const int unit = first + s * num_teams;
@@ -401,11 +409,15 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
 #if __CUDA_ARCH__ >= 900
   // Every split-th quad of a token is this CTA's to sum.
-  const int share = QuadsShare(kTileN, split);
+  const int share = (kQuads + split - 1) >> log2_split;
   const uint32_t barrier = SharedAddress(shared), received = barrier + kBarrierBytes;
   if (log2_split > 0) {
     const int quads = (kQuads - rank + split - 1) >> log2_split;
-    if (threadIdx.x == 0) MbarrierInit(barrier, split * rows * quads * 16);
+    if (threadIdx.x == 0) {
+      MbarrierInit(barrier);
+      FenceMbarrierInit();
+      MbarrierExpect(barrier, split * rows * quads * 16);
+    }
     ClusterArriveRelaxed();
   }
 #endif
@@ -416,7 +428,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j)
     x_offset[j] = kBlocks * kTileBlocks * kBlockBytes +
-                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kTileM) + 16 * (lane / 8);
+                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
@@ -424,8 +436,10 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   for (int unit = first; unit < end; unit += num_teams) {
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
-    MultiplyStage<T, kTileN, kTileM, kTeam, kZeros, kParts>(stage, member, p.x_rows, x_offset, lane,
-                                                            acc);
+#ifndef W4A16_NO_MULTIPLY
+    MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, member, p.x_rows,
+                                                                     x_offset, lane, acc);
+#endif
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
     const int next = unit + kStages * num_teams;
     if (next < end) loader.Load(stage);
@@ -433,7 +447,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
   }
 
-  constexpr bool kAffine = UsesAffineCodes(kTileM, kZeros);
+  constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
   constexpr int kStride = PartialStride(kTileN);
   float* const partial =
       reinterpret_cast<float*>(ring) + member * (kRowBlocks * kBlockN) + lane / 4;
@@ -465,7 +479,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
       SendCluster(received + 16 * at, barrier, quad & (split - 1),
                   SumQuads(terms + token * token_bytes + 16 * quad, term_bytes, num_terms));
     }
-    MbarrierWaitFirst(barrier);  // invariant 6
+    MbarrierWait(barrier, 0);  // invariant 6
     terms = shared + kBarrierBytes;
     num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
@@ -480,22 +494,24 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   }
 }
 
-template <typename T, int kTileN, int kTileM, int kTeam, int kStages, bool kZeros>
+template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
 DecodeKernelPointer KernelForParts(int parts) {
-  constexpr int kMost = 2 * StageBlocks(kTileM);
-  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, 1>;
-  if (parts == kMost) return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, kMost>;
-  return DecodeKernel<T, kTileN, kTileM, kTeam, kStages, kZeros, 2>;
+  constexpr int kMost = 2 * kBlocks;
+  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 1>;
+  if (parts == kMost)
+    return DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kMost>;
+  return DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 2>;
 }
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, WARPS, TEAM, STAGES, SPLIT, ...)                                    \
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                            \
   static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
                 (SPLIT & (SPLIT - 1)) == 0);                                                   \
-  if (c.tile_n == N && c.tile_m == M && c.team == TEAM && c.stages == STAGES)                  \
-    return has_zeros ? KernelForParts<T, N, M, TEAM, STAGES, true>(parts)                      \
-                     : KernelForParts<T, N, M, TEAM, STAGES, false>(parts);
+  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                \
+      c.stages == STAGES)                                                                      \
+    return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)              \
+                     : KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)

@@ -14,13 +14,15 @@ struct DecodeParams {
   const void* bias;  // nullptr: none
   void* out;
   int m, n, k;
-  int blocks_n, blocks_k;
+  int blocks_n;
+  int units;  // of K, each of a stage
   int tiles_m;
   int log2_split_k;
   uint32_t group_multiplier;  // k / group_size == (k * group_multiplier) >> (32 + group_shift)
   int group_shift;
   // Shared memory:
-  int x_rows;       // rows of x that a stage holds: min(M, tile_m)
+  int x_rows;  // rows of x that a stage holds: min(M, tile_m)
+  int received_bytes;
   int stage_bytes;  // one team's stage
   int team_bytes;   // one team's ring of stages, later its partial tile
   bool x_aligned;   // rows of x begin at multiples of 16 bytes
@@ -31,19 +33,15 @@ struct DecodeParams {
 
 using DecodeKernelPointer = void (*)(DecodeParams);
 
-// Blocks of K in a stage. Two share their waits and, where a group spans them, their scales; with
-// more tokens their fragments of x would not fit the registers.
-W4A16_HD constexpr int StageBlocks(int tile_m) { return tile_m <= 16 ? 2 : 1; }
-
 // A row of x in a stage: 16 bytes apart from a multiple of 128, so that ldmatrix finds the rows of
 // 8 tokens in different banks.
-W4A16_HD constexpr int XRowBytes(int tile_m) { return StageBlocks(tile_m) * kBlockK * 2 + 16; }
+W4A16_HD constexpr int XRowBytes(int blocks) { return blocks * kBlockK * 2 + 16; }
 
 // Equal parts of a stage, each in one group: as few as the group size allows. Where rows of x,
 // scales or zeros are not aligned to 16 bytes it is the most, so that only those kernels need the
 // slower copies.
-constexpr int StageParts(const Problem& p, int tile_m) {
-  const int blocks = StageBlocks(tile_m), most = 2 * blocks;
+constexpr int StageParts(const Problem& p, int blocks) {
+  const int most = 2 * blocks;
   if (p.k % 8 != 0 || p.n % 8 != 0) return most;
   int parts = 1;
   while (p.group_size < p.k && p.group_size % (kBlockK * blocks / parts) != 0) parts *= 2;
@@ -68,17 +66,21 @@ struct DecodeSharedMemory {
 
 inline constexpr int kBarrierBytes = 16;
 
+// Stages and all that lies between begin at multiples of 128 bytes.
+W4A16_HD constexpr int Align128(int bytes) { return (bytes + 127) / 128 * 128; }
+
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
-  return split_k == 1 ? 0 : kBarrierBytes + split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
+  const int sums = split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
+  return split_k == 1 ? 0 : Align128(kBarrierBytes + sums);
 }
 
 constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {
   const int x_rows = p.m < c.tile_m ? static_cast<int>(p.m) : c.tile_m;
-  const int blocks = StageBlocks(c.tile_m);
-  const int scale_rows = StageParts(p, c.tile_m) * (p.has_zeros ? 2 : 1);
-  const int stage = blocks * c.tile_n / kBlockN * kBlockBytes + x_rows * XRowBytes(c.tile_m) +
-                    scale_rows * c.tile_n * 2;
-  const int ring = c.stages * stage, partial = c.tile_m * PartialStride(c.tile_n) * 4;
+  const int scale_rows = StageParts(p, c.blocks) * (p.has_zeros ? 2 : 1);
+  const int stage = Align128(c.blocks * c.tile_n / kBlockN * kBlockBytes +
+                             x_rows * XRowBytes(c.blocks) + scale_rows * c.tile_n * 2);
+  const int ring = c.stages * stage;
+  const int partial = Align128(c.tile_m * PartialStride(c.tile_n) * 4);
   const int team = ring > partial ? ring : partial;
   return {stage, team, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps / c.team * team};
 }

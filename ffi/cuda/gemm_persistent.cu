@@ -1,10 +1,25 @@
 #include <algorithm>
+#include <atomic>
+#include <random>
 
 #include "cuda_status.h"
 #include "gemm_persistent.cuh"
 #include "tensor_map.h"
 
 namespace w4a16 {
+namespace {
+
+// A number that no other call uses, so that no workspace holds it by chance.
+unsigned long long NewToken() {
+  static const unsigned long long seed = [] {
+    std::random_device device;
+    return static_cast<unsigned long long>(device()) << 32 | device();
+  }();
+  static std::atomic<unsigned long long> calls = 0;
+  return seed + ++calls * 0x9e3779b97f4a7c15;
+}
+
+}  // namespace
 
 Status RunPersistent(const Problem& p, const Operands& o, const Config& config, int num_sms,
                      cudaStream_t stream) {
@@ -15,14 +30,15 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
 
   const int cluster = config.cluster_n;
   const PersistentSchedule schedule = SchedulePersistent(p, config, num_sms);
-  if (schedule.units + schedule.clusters > INT_MAX)
+  if ((CeilDiv(schedule.whole_units, schedule.clusters) + 1) * BlocksK(p.k) > INT_MAX ||
+      schedule.whole_units + schedule.clusters > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles");
 
+  const bool streams = schedule.streamed_blocks > 0;
+  const int64_t clusters =
+      streams ? schedule.clusters : std::min(schedule.whole_units, schedule.clusters);
   PersistentMaps maps = {};
-  const int share = config.tile_m / cluster;
-  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share, &maps.x); !s.ok()) return s;
-  if (Status s =
-          EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share >> schedule.tail_shift, &maps.x_part);
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m / cluster, &maps.x);
       !s.ok())
     return s;
   if (p.out_dtype != W4A16_F32) {
@@ -30,6 +46,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       return s;
   }
 
+  const int64_t tiles_m = CeilDiv(p.m, config.tile_m);
+  const int64_t units_n = CeilDiv(CeilDiv(p.n, config.tile_n), cluster);
   const bool one_group = NumGroups(p) == 1;
   const PersistentParams params = {
       .qweight = o.qweight,
@@ -39,13 +57,18 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .out = o.out,
       .m = static_cast<int>(p.m),
       .n = static_cast<int>(p.n),
-      .k = static_cast<int>(p.k),
+      .blocks_k = static_cast<int>(BlocksK(p.k)),
       .blocks_per_group = one_group ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
-      .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
-      .units_n = static_cast<int>(CeilDiv(CeilDiv(p.n, config.tile_n), cluster)),
+      .per_panel = Divisor(static_cast<uint32_t>(kPanelM * units_n)),
+      .last_width = Divisor(static_cast<uint32_t>(std::max(tiles_m % kPanelM, int64_t{1}))),
+      .full_panels = static_cast<int>(tiles_m / kPanelM),
       .whole_units = static_cast<int>(schedule.whole_units),
-      .units = static_cast<int>(schedule.units),
-      .tail_shift = schedule.tail_shift,
+      .streamed_share = static_cast<int>(schedule.streamed_blocks / schedule.clusters),
+      .streamed_extra = static_cast<int>(schedule.streamed_blocks % schedule.clusters),
+      .sums = static_cast<float*>(o.workspace),
+      .flags = reinterpret_cast<unsigned long long*>(static_cast<char*>(o.workspace) +
+                                                     PersistentSumsBytes(schedule, config)),
+      .token = streams ? NewToken() : 0,
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
@@ -62,8 +85,7 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t launch = {};
-  launch.gridDim =
-      dim3(static_cast<unsigned>(std::min(schedule.units, schedule.clusters)) * cluster);
+  launch.gridDim = dim3(static_cast<unsigned>(clusters) * cluster);
   launch.blockDim = dim3(kernel.threads);
   launch.dynamicSmemBytes = kernel.shared_bytes;
   launch.stream = stream;

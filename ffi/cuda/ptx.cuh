@@ -30,7 +30,12 @@ __device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, uint64_
                : "memory");
 }
 
-// Through L1, where other CTAs of the SM may find the data again. Made only if `wanted`
+// Through L1, where other CTAs of the SM may find the data again.
+__device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+
+// The same, made only if `wanted`
 // (predicated, because the compiler would make each a branch of its own); writes zeros, and reads
 // nothing, unless `exists`.
 __device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src, bool wanted,
@@ -135,23 +140,30 @@ __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// An mbarrier whose first phase ends when `bytes` have been received; the cluster may send once it
-// has met after this.
-__device__ __forceinline__ void MbarrierInit(uint32_t barrier, int bytes) {
-  asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
-      "fence.mbarrier_init.release.cluster;\n\t"
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-      "r"(bytes)
-      : "memory");
+// An mbarrier of one arrival a phase, MbarrierExpect's.
+__device__ __forceinline__ void MbarrierInit(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void MbarrierWaitFirst(uint32_t barrier) {
+// Makes initialised barriers visible to the cluster.
+__device__ __forceinline__ void FenceMbarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// The phase ends when `bytes` have been received.
+__device__ __forceinline__ void MbarrierExpect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Waits for the phase of the given parity to end.
+__device__ __forceinline__ void MbarrierWait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
       "retry:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
-      "@!done bra retry;\n\t}" ::"r"(barrier)
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra retry;\n\t}" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 }
 

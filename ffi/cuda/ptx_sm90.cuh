@@ -210,6 +210,18 @@ __device__ inline void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// --- flags in global memory, between CTAs ---
+
+__device__ inline void StoreRelease(unsigned long long* flag, unsigned long long value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
+__device__ inline unsigned long long LoadAcquire(const unsigned long long* flag) {
+  unsigned long long value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
+}
+
 // --- groups of threads ---
 
 // Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
