@@ -25,11 +25,10 @@
 //   Every element is summed and written by one thread, so its bits do not depend on timing.
 //
 // Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
-// A has been read, that is, until the wgmma before it is done. So half a block is dequantised
-// between two pairs of wgmmas, and all that can wait (barriers, shared memory) comes before the
-// last pair. Small problems are bound by what comes before and after the loop: a release at the
-// cluster's scope costs about a microsecond, hence st.async; so do instructions fetched for the
-// first time, hence loops instead of unrolled code.
+// A has been read, that is, until the wgmma before it is done. So each k16 step is dequantised
+// between two wgmmas. Small problems are bound by what comes before and after the loop: a release
+// at the cluster's scope waits for all that the thread has in flight, hence st.async; instructions
+// fetched for the first time cost more than those that unrolling saves, hence loops.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -43,9 +42,8 @@
 //       after the wait that retires the warp's wgmmas on the stage; what the warp itself read from
 //       the stage is in their operands. compute-sanitizer's racecheck does not follow this from
 //       lane to lane: built with W4A16_RACECHECK, every lane arrives for itself.
-//   S3  A registers: the two halves of a block alternate. A half is rewritten only after a wait
-//   that
-//       leaves no wgmmas but those of the other half in flight.
+//   S3  A registers: a buffer for each k16 step of a block. It is rewritten only after a wait that
+//       leaves no more than the three wgmmas since in flight.
 //   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
 //       consumers of the CTA have passed their last read (named barrier 2).
 //   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
@@ -245,9 +243,6 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
   }
 }
 
-// How long a row of scales lasts. kHalfBlock: sizes of groups that are odd multiples of 32.
-enum class Lasts { kHalfBlock, kBlock, kStage };
-
 // One consumer thread's way through the stages.
 template <typename T, typename Shape>
 struct Consumer {
@@ -256,116 +251,103 @@ struct Consumer {
   uint32_t shared;
   uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
-  bool releases;    // arrives at empty[]
+  int scale_shift;
+  bool releases;  // arrives at empty[]
+  int slot = 0, previous = 0;
+  uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
-  uint32_t a[2][8];  // A fragments of two k16 steps each
-
-  // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
-  struct Factors {
-    uint16_t scale[2], zero[2];
-  };
+  uint32_t a[4][4];  // A fragments: a buffer for each k16 step of a block
 
   __device__ static inline T2 Splat(uint16_t bits) {
     const T value = reinterpret_cast<const T&>(bits);
     return T2(value, value);
   }
 
-  __device__ inline void LoadFactors(int slot, int row, Factors* f) {
-    const uint32_t from = scales + (slot * Shape::kScaleRows + row) * Shape::kRowBytes;
+  // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
+  struct Factors {
+    uint16_t scale[2], zero[2];
+  };
+
+  __device__ inline Factors LoadFactors(int part) {
+    Factors f;
+    const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      f->scale[r] = ptx::LoadShared16(from + 16 * r);
+      f.scale[r] = ptx::LoadShared16(row + 16 * r);
       if constexpr (Shape::kHasZeros)
-        f->zero[r] = ptx::LoadShared16(from + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
+        f.zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
     }
+    return f;
   }
 
   // to = T((code - zero) * scale) of one k16 step.
-  __device__ static inline void Dequantize(uint32_t word, const Factors& f, uint32_t* to) {
-    uint32_t unscaled[4];
-    Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, unscaled);
+  __device__ static inline void Dequantize(uint32_t word, const Factors& f, uint32_t (&to)[4]) {
+    Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, to);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      T2 value = reinterpret_cast<const T2&>(unscaled[i]);
+      T2 value = reinterpret_cast<const T2&>(to[i]);
       if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(f.zero[i & 1]));
       value = __hmul2(value, Splat(f.scale[i & 1]));
       to[i] = reinterpret_cast<const uint32_t&>(value);
     }
   }
 
-  // What is read ahead of a block.
-  struct Ahead {
-    uint4 words;
-    Factors factors;
-  };
-
-  template <Lasts kLasts>
-  __device__ inline void ReadAhead(int slot, int block, Ahead* ahead) {
-    ahead->words = ptx::LoadShared128(codes + (slot * Shape::kBlocks + block) * Shape::kCodeBytes);
-    if (kLasts == Lasts::kBlock || (kLasts == Lasts::kStage && block == 0))
-      LoadFactors(slot, block, &ahead->factors);
-  }
-
-  // Its block `block` of a stage. Half a block is dequantised while the other half's wgmmas run.
-  // A warp stands still until its last wgmma but one has started, so `read_ahead` comes before.
-  template <Lasts kLasts, typename F>
-  __device__ inline void Step(int slot, int block, Ahead* ahead, bool release_previous,
-                              F read_ahead) {
-    const int place = slot * Shape::kBlocks + block;
-    const uint64_t b =
-        ptx::DescriptorSwizzle128(shared + Shape::kXOffset) + place * (Shape::kXBytes / 16);
+  // Block kBlock of the current stage. Each k16 step is dequantised while the wgmmas of the steps
+  // before it run.
+  template <bool kFineGroups, int kBlock>
+  __device__ inline void Step(bool release_previous) {
+    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
+                                           kBlock * Shape::kCodeBytes);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
+                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
+    Factors f;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (kLasts == Lasts::kHalfBlock) LoadFactors(slot, 2 * block + half, &ahead->factors);
-      Dequantize(half == 0 ? ahead->words.x : ahead->words.z, ahead->factors, &a[half][0]);
-      Dequantize(half == 0 ? ahead->words.y : ahead->words.w, ahead->factors, &a[half][4]);
-      if (half == 1) read_ahead();
-      ptx::WgmmaFence(a[half]);
-      ptx::Wgmma<T, Shape::kTileM>(acc, &a[half][0], b + 4 * half);
-      ptx::Wgmma<T, Shape::kTileM>(acc, &a[half][4], b + 4 * half + 2);
+    for (int step = 0; step < 4; ++step) {
+      if (step == 0 || (step == 2 && kFineGroups))
+        f = LoadFactors(kFineGroups ? 2 * kBlock + step / 2 : (2 * kBlock) >> scale_shift);
+      Dequantize(word[step], f, a[step]);
+      ptx::WgmmaFence(a[step]);
+      ptx::Wgmma<T, Shape::kTileM>(acc, a[step], x + 2 * step);
       ptx::WgmmaCommit();
-      ptx::WgmmaWait<1>();  // S3
-      ptx::KeepAlive(a[half ^ 1]);
-      if (half == 0 && release_previous)
-        ptx::MbarrierArrive(Shape::Empty(shared, slot == 0 ? Shape::kStages - 1 : slot - 1));  // S2
+      ptx::WgmmaWait<3>();  // S3: the next step's buffer is free
+      ptx::KeepAlive(a[(step + 1) % 4]);
+      if (step == 2 && release_previous && releases)  // S2: none but this block's are in flight
+        ptx::MbarrierArrive(Shape::Empty(shared, previous));
     }
   }
 
-  // The last stage is not released: nobody waits for it.
-  template <Lasts kLasts>
+  __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
+
+  __device__ inline void Advance() {
+    previous = slot;
+    if (++slot == Shape::kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+
+  // `blocks` blocks, from the start of a stage. kFineGroups: groups may change in the middle of a
+  // block, which only sizes that are odd multiples of 32 do. The last stage is not released: nobody
+  // waits for it.
+  template <bool kFineGroups>
   __device__ inline void Run(int blocks) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
-    Ahead ahead;
-    int slot = 0;
-    uint32_t parity = 0;
-    if (blocks > 0) {
-      ptx::MbarrierWait(Shape::Full(shared, 0), 0);  // S1
-      ReadAhead<kLasts>(0, 0, &ahead);
+    for (int step = 0; step < 4; ++step) a[step][0] = a[step][1] = a[step][2] = a[step][3] = 0;
+    int i = 0;
+    for (; i + Shape::kBlocks <= blocks; i += Shape::kBlocks) {
+      Acquire();
+      Step<kFineGroups, 0>(i > 0);
+      if constexpr (Shape::kBlocks == 2) Step<kFineGroups, 1>(false);
+      Advance();
     }
-    // Not unrolled further: instructions met for the first time cost more than those saved.
-#pragma unroll 1
-    for (int i = 0; i < blocks; i += Shape::kBlocks) {
-      const int next = slot == Shape::kStages - 1 ? 0 : slot + 1;
-      if (next == 0) parity ^= 1;
-      const auto read_next_stage = [&] {
-        if (i + Shape::kBlocks >= blocks) return;
-        ptx::MbarrierWait(Shape::Full(shared, next), parity);  // S1
-        ReadAhead<kLasts>(next, 0, &ahead);
-      };
-      if constexpr (Shape::kBlocks == 1) {
-        Step<kLasts>(slot, 0, &ahead, releases && i > 0, read_next_stage);
-      } else {
-        Step<kLasts>(slot, 0, &ahead, releases && i > 0, [&] {
-          if (i + 1 < blocks) ReadAhead<kLasts>(slot, 1, &ahead);
-        });
-        if (i + 1 < blocks) Step<kLasts>(slot, 1, &ahead, false, read_next_stage);
-      }
-      slot = next;
+    if (i < blocks) {
+      Acquire();
+      Step<kFineGroups, 0>(i > 0);
     }
     ptx::WgmmaWait<0>();
-    ptx::KeepAlive(a[0]);
-    ptx::KeepAlive(a[1]);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) ptx::KeepAlive(a[step]);
     ptx::Settle(acc);
   }
 };
@@ -530,15 +512,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
         .shared = shared,
         .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
         .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
+        .scale_shift = scale_shift,
         .releases = lane < Shape::kReleasingLanes,
     };
     const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
     if (scale_shift == 0)
-      consumer.template Run<Lasts::kHalfBlock>(blocks);
-    else if (Shape::kBlocks == 1 || scale_shift == 1)
-      consumer.template Run<Lasts::kBlock>(blocks);
+      consumer.template Run<true>(blocks);
     else
-      consumer.template Run<Lasts::kStage>(blocks);
+      consumer.template Run<false>(blocks);
     FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }
 #else
