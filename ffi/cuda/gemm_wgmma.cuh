@@ -50,9 +50,8 @@
 //       initialised its barriers. Inboxes overlay nothing.
 //   S6  received: completes when the sums of all other ranks have landed in the inbox (st.async
 //       counts its bytes there). Each CTA waits for it, so none exits while others write to it.
-//   S7  Consumers touch no barrier before named barrier 1, at which the producer's warp arrives
-//   when
-//       it has initialised them all.
+//   S7  Consumers pass named barrier 1 first: the producer's warp arrives there when it has
+//       initialised the mbarriers.
 #pragma once
 
 #include <climits>
