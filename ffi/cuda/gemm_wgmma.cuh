@@ -20,12 +20,15 @@
 //     scales  kTileN values for every group that the stage meets     bulk copies
 //     zeros   likewise, if kHasZeros
 //
-//   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish kTileM / kSplitK
-//   tokens each, out of the float32 partial tiles that they send one another, summed in rank order.
+//   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
+//   tile's tokens each, out of the float32 sums that they send one another, added in rank order.
 //   Every element is summed and written by one thread, so its bits do not depend on timing.
 //
-// A wgmma and the instructions that dequantise compete for the register file: a block costs about
-// the sum of both, not the larger. So the loop is kept short, and wide token tiles pay.
+// Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
+// A has been read, that is, until the wgmma before it is done. So each k16 step is dequantised
+// between two wgmmas. Small problems are bound by what comes before and after the loop: a release
+// at the cluster's scope waits for all that the thread has in flight, hence st.async; instructions
+// fetched for the first time cost more than those that unrolling saves, hence loops.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -39,16 +42,16 @@
 //       after the wait that retires the warp's wgmmas on the stage; what the warp itself read from
 //       the stage is in their operands. compute-sanitizer's racecheck does not follow this from
 //       lane to lane: built with W4A16_RACECHECK, every lane arrives for itself.
-//   S3  A registers: the two buffers alternate. A buffer is rewritten only after a wait that leaves
-//       no wgmmas but those of the other buffer in flight.
-//   S4  Partial tiles overlay the stages. A consumer writes its part once all consumers of the CTA
-//       have passed their last read (named barrier 1).
-//   S5  A CTA sends to another only after the cluster barrier that all consumers reach after their
-//       last read: the receiver's stages are free then, and `received` is initialised.
-//   S6  What the sender's threads wrote is fenced to the async proxy before named barrier 1, behind
-//       which one warp starts the copies; `received` completes when all peers' bytes have landed.
-//   S7  No CTA exits before the second cluster barrier, which each reaches after `received`: copies
-//       read the sender's shared memory until then.
+//   S3  A registers: a buffer for each k16 step of a block. It is rewritten only after a wait that
+//       leaves no more than the three wgmmas since in flight.
+//   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
+//       consumers of the CTA have passed their last read (named barrier 2).
+//   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
+//       initialised its barriers. Inboxes overlay nothing.
+//   S6  received: completes when the sums of all other ranks have landed in the inbox (st.async
+//       counts its bytes there). Each CTA waits for it, so none exits while others write to it.
+//   S7  Consumers pass named barrier 1 first: the producer's warp arrives there when it has
+//       initialised the mbarriers.
 #pragma once
 
 #include <climits>
@@ -95,18 +98,19 @@ template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
 struct WgmmaShape {
   static constexpr bool kHasZeros = kHasZeros_;
   static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kSplitK = kSplitK_;
-  static_assert(kTileN % 64 == 0 && kTileM % kSplitK == 0 && kStages >= 2);
+  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2);
 
-  static constexpr int kWarpgroups = kTileN / 64;
-  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kConsumers = 2 * kTileN;  // a warpgroup for every 64 rows
 
   // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
   // Tiles that need more than an even share get a producer warpgroup, which gives up its registers.
-  static constexpr int kRegisters = kTileM / 2 + 64;  // accumulators, A twice, addresses
+  static constexpr int kRegisters = kTileM / 2 + 64;  // accumulators, A, addresses
   static constexpr bool kReallocate = kRegisters > 65536 / (kConsumers + 128);
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
-  static_assert(!kReallocate || kWarpgroups == 2);
+  static constexpr int kLaunchRegisters = 65536 / (kConsumers + 128) / 8 * 8;
+  static constexpr int kFreeRegisters =
+      (kLaunchRegisters * (kConsumers + 128) - kProducerRegisters * 128) / kConsumers / 8 * 8;
+  static constexpr int kConsumerRegisters = kFreeRegisters < 240 ? kFreeRegisters : 240;
 #if defined(W4A16_RACECHECK)
   static constexpr int kReleasingLanes = 32;
 #else
@@ -128,15 +132,18 @@ struct WgmmaShape {
   static constexpr int kPipelineBytes =
       kZeroOffset + (kHasZeros ? kStages * kScaleRows * kRowBytes : 0);
 
-  // Partial tiles are [token][row]; the pitch makes a warp's fragment stores hit all 32 banks.
-  static constexpr int kPitch = kTileN + 4;
-  static constexpr int kSliceTokens = kTileM / kSplitK;
-  static constexpr int kSliceBytes = kSliceTokens * kPitch * 4;
-  static constexpr int kPartialBytes = kTileM * kPitch * 4;
-  static constexpr int kEpilogueBytes = kPartialBytes + (kSplitK - 1) * kSliceBytes;
+  // Each rank of the cluster finishes a slice of the tile's chunks of eight tokens. What it has
+  // summed of it stays in place of the stages; the other ranks' sums come to its inbox.
+  static constexpr int kChunks = kTileM / 8;
+  static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
+  static constexpr int kChunkBytes = kConsumers * 16;  // four sums a thread
+  static constexpr int kSliceBytes = kSliceChunks * kChunkBytes;
+  static constexpr int kInboxOffset = kPipelineBytes > kSliceBytes ? kPipelineBytes : kSliceBytes;
+  __device__ static int ChunksOf(int rank) {
+    return max(0, min(kSliceChunks, kChunks - rank * kSliceChunks));
+  }
 
-  static constexpr int kBarrierOffset =
-      kPipelineBytes > kEpilogueBytes ? kPipelineBytes : kEpilogueBytes;
+  static constexpr int kBarrierOffset = kInboxOffset + (kSplitK - 1) * kSliceBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 1) * 8;
 
   __device__ static uint32_t Full(uint32_t shared, int slot) {
@@ -248,58 +255,65 @@ struct Consumer {
   int slot = 0, previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
-  uint32_t a[2][16];
+  uint32_t a[4][4];  // A fragments: a buffer for each k16 step of a block
 
   __device__ static inline T2 Splat(uint16_t bits) {
     const T value = reinterpret_cast<const T&>(bits);
     return T2(value, value);
   }
 
-  // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
-  template <bool kFineGroups, int kBlock, int kBuffer>
-  __device__ inline void Dequantize() {
-    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
-                                           kBlock * Shape::kCodeBytes);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+  // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
+  struct Factors {
     uint16_t scale[2], zero[2];
+  };
+
+  __device__ inline Factors LoadFactors(int part) {
+    Factors f;
+    const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      if (step == 0 || (step == 2 && kFineGroups)) {
-        const int part = kFineGroups ? 2 * kBlock + step / 2 : (2 * kBlock) >> scale_shift;
-        const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
+    for (int r = 0; r < 2; ++r) {
+      f.scale[r] = ptx::LoadShared16(row + 16 * r);
+      if constexpr (Shape::kHasZeros)
+        f.zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
+    }
+    return f;
+  }
+
+  // to = T((code - zero) * scale) of one k16 step.
+  __device__ static inline void Dequantize(uint32_t word, const Factors& f, uint32_t (&to)[4]) {
+    Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, to);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          scale[r] = ptx::LoadShared16(row + 16 * r);
-          if constexpr (Shape::kHasZeros)
-            zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
-        }
-      }
-      uint32_t unscaled[4];
-      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[step], unscaled);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        T2 value = reinterpret_cast<const T2&>(unscaled[i]);
-        if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
-        value = __hmul2(value, Splat(scale[i & 1]));
-        a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
-      }
+    for (int i = 0; i < 4; ++i) {
+      T2 value = reinterpret_cast<const T2&>(to[i]);
+      if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(f.zero[i & 1]));
+      value = __hmul2(value, Splat(f.scale[i & 1]));
+      to[i] = reinterpret_cast<const uint32_t&>(value);
     }
   }
 
-  // Dequantises while the previous block's wgmmas run, then starts this block's.
-  template <bool kFineGroups, int kBlock, int kBuffer>
+  // Block kBlock of the current stage. Each k16 step is dequantised while the wgmmas of the steps
+  // before it run.
+  template <bool kFineGroups, int kBlock>
   __device__ inline void Step(bool release_previous) {
-    Dequantize<kFineGroups, kBlock, kBuffer>();
+    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
+                                           kBlock * Shape::kCodeBytes);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
                                                  (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
-    ptx::WgmmaFence(a[kBuffer]);
+    Factors f;
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-      ptx::Wgmma<T, Shape::kTileM>(acc, &a[kBuffer][4 * step], x + 2 * step);
-    ptx::WgmmaCommit();
-    ptx::WgmmaWait<1>();  // S3
-    ptx::KeepAlive(a[kBuffer ^ 1]);
-    if (release_previous && releases) ptx::MbarrierArrive(Shape::Empty(shared, previous));  // S2
+    for (int step = 0; step < 4; ++step) {
+      if (step == 0 || (step == 2 && kFineGroups))
+        f = LoadFactors(kFineGroups ? 2 * kBlock + step / 2 : (2 * kBlock) >> scale_shift);
+      Dequantize(word[step], f, a[step]);
+      ptx::WgmmaFence(a[step]);
+      ptx::Wgmma<T, Shape::kTileM>(acc, a[step], x + 2 * step);
+      ptx::WgmmaCommit();
+      ptx::WgmmaWait<3>();  // S3: the next step's buffer is free
+      ptx::KeepAlive(a[(step + 1) % 4]);
+      if (step == 2 && release_previous && releases)  // S2: none but this block's are in flight
+        ptx::MbarrierArrive(Shape::Empty(shared, previous));
+    }
   }
 
   __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
@@ -318,106 +332,106 @@ struct Consumer {
   template <bool kFineGroups>
   __device__ inline void Run(int blocks) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) a[0][i] = a[1][i] = 0;
+    for (int step = 0; step < 4; ++step) a[step][0] = a[step][1] = a[step][2] = a[step][3] = 0;
     int i = 0;
-    for (; i + 2 <= blocks; i += 2) {
+    for (; i + Shape::kBlocks <= blocks; i += Shape::kBlocks) {
       Acquire();
-      Step<kFineGroups, 0, 0>(i > 0);
-      if constexpr (Shape::kBlocks == 1) {
-        Advance();
-        Acquire();
-        Step<kFineGroups, 0, 1>(true);
-      } else {
-        Step<kFineGroups, 1, 1>(false);
-      }
+      Step<kFineGroups, 0>(i > 0);
+      if constexpr (Shape::kBlocks == 2) Step<kFineGroups, 1>(false);
       Advance();
     }
     if (i < blocks) {
       Acquire();
-      Step<kFineGroups, 0, 0>(i > 0);
+      Step<kFineGroups, 0>(i > 0);
     }
     ptx::WgmmaWait<0>();
-    ptx::KeepAlive(a[0]);
-    ptx::KeepAlive(a[1]);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) ptx::KeepAlive(a[step]);
     ptx::Settle(acc);
   }
 };
 
-// Converts, scales and stores eight consecutive outputs of a token.
+// Stores alpha * sum + bias of eight tokens from `token` on by the warp's 16 rows from n on; v is
+// an accumulator fragment, bias that of the lane's two rows.
 template <typename T>
-__device__ inline void StoreEight(const WgmmaParams& p, int token, int n, float (&v)[8]) {
-  T bias[8];
-  if (p.bias != nullptr)
-    *reinterpret_cast<uint4*>(bias) =
-        *reinterpret_cast<const uint4*>(static_cast<const T*>(p.bias) + n);
+__device__ inline void StoreChunk(const WgmmaParams& p, int token, int n, float (&v)[4],
+                                  const float (&bias)[2]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    v[i] = p.bias != nullptr ? fmaf(p.alpha, v[i], static_cast<float>(bias[i])) : p.alpha * v[i];
-  const int64_t offset = static_cast<int64_t>(token) * p.n + n;
+  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], bias[i / 2]);
   if (p.out_is_f32) {
-    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.out) + offset);
-    out[0] = make_float4(v[0], v[1], v[2], v[3]);
-    out[1] = make_float4(v[4], v[5], v[6], v[7]);
-  } else {
-    T rounded[8];
+    float* out = static_cast<float*>(p.out);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) rounded[i] = static_cast<T>(v[i]);
-    *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + offset) =
-        *reinterpret_cast<const uint4*>(rounded);
+    for (int i = 0; i < 4; ++i) {
+      const int m = token + 2 * (lane % 4) + i % 2, row = n + lane / 4 + 8 * (i / 2);
+      if (m < p.m && row < p.n) out[static_cast<int64_t>(m) * p.n + row] = v[i];
+    }
+    return;
   }
+  uint32_t half[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const T pair[2] = {static_cast<T>(v[2 * r]), static_cast<T>(v[2 * r + 1])};
+    half[r] = ptx::Transpose8x8(reinterpret_cast<const uint32_t&>(pair));
+  }
+  // The lane now holds two values of either eight rows, of token lane / 4. Neighbours swap one, so
+  // that each has four of one eight.
+  const bool odd = lane & 1;
+  const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? half[0] : half[1], 1);
+  const uint2 four = odd ? make_uint2(other, half[1]) : make_uint2(half[0], other);
+  const int m = token + lane / 4, row = n + 8 * odd + 2 * (lane & 2);
+  if (m < p.m && row < p.n)
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.n + row) = four;
 }
 
-// From the accumulators to `out`, through shared memory and, if kSplitK > 1, the cluster.
+// From the accumulators to `out`, by way of the inboxes if kSplitK > 1. Each thread's sums of a
+// slice stay with it, or go to the same thread of the slice's rank; what follows is then a short
+// loop: instructions met for the first time cost more than the detour.
 template <typename T, typename Shape>
 __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
-                                  char* shared, int rank, int n0, int m0) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  float* partial = reinterpret_cast<float*>(shared);
-  if constexpr (Shape::kSplitK > 1) ptx::ClusterArrive();  // S5
-  ptx::NamedBarrier(1, Shape::kConsumers);                 // S4
+                                  uint32_t shared, int rank, int n0, int m0) {
+  constexpr int kSplitK = Shape::kSplitK;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int n = n0 + thread / 32 * 16;
+  float bias[2] = {};
+  if (p.bias != nullptr) {
 #pragma unroll
-  for (int i = 0; i < Shape::kTileM / 2; ++i) {
-    const int token = 8 * (i / 4) + 2 * (lane % 4) + (i & 1);
-    partial[token * Shape::kPitch + 16 * warp + lane / 4 + 8 * ((i >> 1) & 1)] = acc[i];
+    for (int r = 0; r < 2; ++r)
+      if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
   }
-  if constexpr (Shape::kSplitK > 1) {
-    ptx::FenceProxyAsync();  // S6
-    ptx::ClusterWait();      // S5
-  }
-  ptx::NamedBarrier(1, Shape::kConsumers);
-  const char* inbox = shared + Shape::kPartialBytes;  // slices of the other ranks, in rank order
-  if constexpr (Shape::kSplitK > 1) {
-    const uint32_t here = ptx::SharedAddress(shared), received = Shape::Received(here);
-    if (thread < Shape::kSplitK && thread != rank)
-      ptx::BulkSend(here + Shape::kPartialBytes + (rank - (rank > thread)) * Shape::kSliceBytes,
-                    here + thread * Shape::kSliceBytes, Shape::kSliceBytes, received, thread);
-    ptx::MbarrierWait(received, 0);  // S6
-    __syncwarp();
-    ptx::ClusterArrive();  // S7
-  }
-
-  constexpr int kPieces = Shape::kTileN / 8;
-  const int first = rank * Shape::kSliceTokens;
-  for (int i = thread; i < Shape::kSliceTokens * kPieces; i += Shape::kConsumers) {
-    const int token = i / kPieces, n = i % kPieces * 8;
-    if (m0 + first + token >= p.m || n0 + n >= p.n) continue;
-    float v[8] = {};
+  const uint32_t own = shared + thread * 16, inbox = own + Shape::kInboxOffset;
+  ptx::NamedBarrier(2, Shape::kConsumers);        // S4
+  if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
 #pragma unroll
-    for (int source = 0; source < Shape::kSplitK; ++source) {
-      const char* slice = source == rank ? shared + first * Shape::kPitch * 4
-                                         : inbox + (source - (source > rank)) * Shape::kSliceBytes;
-      const float4* from = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(slice) +
-                                                           token * Shape::kPitch + n);
-      const float4 lo = from[0], hi = from[1];
-      const float w[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = source == 0 ? w[j] : v[j] + w[j];
+  for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
+    const int owner = chunk / Shape::kSliceChunks;
+    const int place = chunk % Shape::kSliceChunks * Shape::kChunkBytes;
+    const float* v = &acc[4 * chunk];
+    if (owner == rank) {
+      ptx::StoreShared(own + place, v[0], v[1], v[2], v[3]);
+    } else {
+      const uint32_t to = inbox + (rank - (rank > owner)) * Shape::kSliceBytes + place;
+      ptx::StoreAsync(ptx::MapShared(to, owner), ptx::MapShared(Shape::Received(shared), owner),
+                      v[0], v[1], v[2], v[3]);
     }
-    StoreEight<T>(p, m0 + first + token, n0 + n, v);
   }
-  if constexpr (Shape::kSplitK > 1) {
-    __syncwarp();
-    ptx::ClusterWait();  // S7
+  const int chunks = Shape::ChunksOf(rank);
+  if (kSplitK > 1 && chunks > 0) ptx::MbarrierWaitCluster(Shape::Received(shared), 0);  // S6
+#pragma unroll(Shape::kTileM >= 128 ? 4 : 2)
+  for (int i = 0; i < chunks; ++i) {
+    float v[4];
+#pragma unroll
+    for (int source = 0; source < kSplitK; ++source) {
+      const uint32_t from =
+          source == rank ? own : inbox + (source - (source > rank)) * Shape::kSliceBytes;
+      const uint4 bits = ptx::LoadShared128(from + i * Shape::kChunkBytes);
+      const float4 w = reinterpret_cast<const float4&>(bits);
+      v[0] = source == 0 ? w.x : v[0] + w.x;
+      v[1] = source == 0 ? w.y : v[1] + w.y;
+      v[2] = source == 0 ? w.z : v[2] + w.z;
+      v[3] = source == 0 ? w.w : v[3] + w.w;
+    }
+    StoreChunk<T>(p, m0 + 8 * (rank * Shape::kSliceChunks + i), n, v, bias);
   }
 }
 
@@ -425,6 +439,9 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
 // L2.
 __device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, int* tile_m) {
   constexpr uint32_t kPanelM = 8;
+  *tile_n = tile;
+  *tile_m = 0;
+  if (p.tiles_m == 1) return;
   const uint32_t per_panel = kPanelM * p.tiles_n;  // N < 2^30: below 2^28
   const uint32_t panel = tile / per_panel, inside = tile % per_panel;
   const uint32_t width = min(kPanelM, p.tiles_m - panel * kPanelM);
@@ -443,21 +460,31 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   const int lane = threadIdx.x % 32;
   // The shuffle tells the compiler that a warp's threads agree on their role.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (threadIdx.x == Shape::kConsumers) {
-    ptx::PrefetchTensorMap(&x_map);
-    for (int i = 0; i < Shape::kStages; ++i) {
-      ptx::MbarrierInit(Shape::Full(shared, i), 1);
-      ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kConsumers / 32 * Shape::kReleasingLanes);
-    }
-    ptx::MbarrierInit(Shape::Received(shared), 1);
-    ptx::FenceMbarrierInit();
-    if constexpr (Shape::kSplitK > 1)
-      ptx::MbarrierArriveExpectTx(Shape::Received(shared),
-                                  (Shape::kSplitK - 1) * Shape::kSliceBytes);
-  }
-  __syncthreads();
-
   const int rank = blockIdx.x % Shape::kSplitK;
+  constexpr int kProducerWarp = Shape::kConsumers / 32;
+  if (warp == kProducerWarp) {
+    if (ptx::ElectOne()) {
+      ptx::PrefetchTensorMap(&x_map);
+      for (int i = 0; i < Shape::kStages; ++i) {
+        ptx::MbarrierInit(Shape::Full(shared, i), 1);
+        ptx::MbarrierInit(Shape::Empty(shared, i), kProducerWarp * Shape::kReleasingLanes);
+      }
+      ptx::MbarrierInit(Shape::Received(shared), 1);
+      ptx::FenceMbarrierInit();
+      if (Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
+        ptx::MbarrierArriveExpectTx(
+            Shape::Received(shared),
+            (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
+    }
+    __syncwarp();
+  }
+  if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
+  // The producer starts at once; the others wait for its barriers.
+  if (warp == kProducerWarp)
+    ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);  // S7
+  else if (warp < kProducerWarp)
+    ptx::NamedBarrier(1, Shape::kConsumers + 32);  // S7
+
   int tile_n, tile_m;
   TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
   const int n0 = tile_n * Shape::kTileN, m0 = tile_m * Shape::kTileM;
@@ -470,16 +497,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   constexpr int kMaxShift = Shape::kBlocks == 2 ? 2 : 1;
   const int scale_shift = p.groups == 1 ? kMaxShift : min(kMaxShift, __ffs(p.group_size / 32) - 1);
 
-  if (warp >= Shape::kConsumers / 32) {
+  if (warp >= kProducerWarp) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
-    if (warp == Shape::kConsumers / 32)
+    if (warp == kProducerWarp)
       ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift);
     if constexpr (Shape::kSplitK > 1) {
       __syncwarp();
-      ptx::ClusterArrive();  // S5
-      ptx::ClusterWait();
-      ptx::ClusterArrive();  // S7
-      ptx::ClusterWait();
+      ptx::ClusterWait();  // S5
     }
   } else {
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
@@ -495,7 +519,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       consumer.template Run<true>(blocks);
     else
       consumer.template Run<false>(blocks);
-    FinishTile<T, Shape>(p, consumer.acc, storage, rank, n0, m0);
+    FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }
 #else
   __trap();

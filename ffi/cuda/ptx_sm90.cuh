@@ -25,6 +25,30 @@ __device__ inline uint4 LoadShared128(uint32_t shared) {
   return v;
 }
 
+__device__ inline void StoreShared(uint32_t shared, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
+// To the shared memory of any CTA of the cluster, whose `barrier` counts the 16 bytes; both are
+// named by MapShared.
+__device__ inline void StoreAsync(uint32_t there, uint32_t barrier, float a, float b, float c,
+                                  float d) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+      " [%0], {%2, %3, %4, %5}, [%1];" ::"r"(there),
+      "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
+
+// Transposes the 8 x 8 matrix of 16-bit values of which lane l holds (l / 4, 2 * (l % 4) + {0, 1}).
+__device__ inline uint32_t Transpose8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 __device__ inline uint16_t LoadShared16(uint32_t shared) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
@@ -77,6 +101,19 @@ __device__ inline void MbarrierWait(uint32_t barrier, uint32_t parity) {
       ".reg .pred done;\n"
       "retry:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// The same for a phase that other CTAs of the cluster complete.
+__device__ inline void MbarrierWaitCluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra retry;\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
@@ -157,22 +194,6 @@ __device__ inline void BulkWaitRead() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Own shared memory to that of cluster rank `rank`; `shared_there` and `barrier` are given as the
-// addresses of the same objects in the calling CTA.
-__device__ inline void BulkSend(uint32_t shared_there, uint32_t shared_here, uint32_t bytes,
-                                uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there, barrier_there;\n"
-      "mapa.shared::cluster.u32 there, %0, %4;\n"
-      "mapa.shared::cluster.u32 barrier_there, %3, %4;\n"
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
-      " [there], [%1], %2, [barrier_there];\n"
-      "}\n" ::"r"(shared_there),
-      "r"(shared_here), "r"(bytes), "r"(barrier), "r"(rank)
-      : "memory");
-}
-
 // Stores four 8x8 matrices of 16-bit values, each transposed: register i holds matrix i as mma does
 // (lane l: row l / 4, columns 2 * (l % 4) and the next), and lane l gives the address of what was
 // column l % 8 of matrix l / 8: eight values, 16 bytes.
@@ -194,6 +215,11 @@ __device__ inline void FenceProxyAsync() {
 // Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts for the barrier as NamedBarrier does, but does not wait.
+__device__ inline void NamedBarrierArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Changes the registers of each thread of the executing warpgroup.
@@ -223,6 +249,11 @@ __device__ inline uint32_t ClusterRank() {
 
 __device__ inline void ClusterArrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// Orders no memory: a release would wait for all that the thread has in flight.
+__device__ inline void ClusterArriveRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ inline void ClusterWait() {
