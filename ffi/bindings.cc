@@ -75,7 +75,9 @@ nb::list Configs() {
     entry["family"] = w4a16::FamilyName(c.family);
     entry["tile_n"] = c.tile_n;
     entry["tile_m"] = c.tile_m;
+    entry["blocks"] = c.blocks;
     entry["warps"] = c.warps;
+    entry["team"] = c.team;
     entry["stages"] = c.stages;
     entry["split_k"] = c.split_k;
     entry["cluster_n"] = c.cluster_n;
