@@ -31,6 +31,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 POWER = 2  # of best / us, which weighs a measurement
+# A configuration is fitted where it is near the best, or where it is nearest.
+NEAR, FEW, NEAREST = 1.5, 8, 12
 FILLS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 10, 12)
 
 
@@ -86,6 +88,9 @@ class Costs:
 
 def fit(config: dict, rows: list[tuple[int, int, int, float, float]]) -> Costs:
     """The costs that fit rows of (n, k, m, us, best us) best; near the best they matter most."""
+    rows = sorted(rows, key=lambda row: row[3] / row[4])
+    near = [row for row in rows if row[3] <= NEAR * row[4]]
+    rows = near if len(near) >= FEW else rows[:NEAREST]
     weights = np.array([(best / us) ** POWER for *_, us, best in rows])
     fits = []
     for fill in FILLS:
