@@ -45,7 +45,8 @@
 //       (the phase is still held back by the producer's arrival).
 //   S2  empty[s]: completes when every consumer warp of every CTA of the cluster has arrived, since
 //       a stage's x is written in all of them at once. Lane r < kCluster arrives at rank r for its
-//       warp, after the wait that retires the warp's wgmmas on the stage.
+//       warp, after the wait that retires the warp's wgmmas on the stage. With W4A16_RACECHECK
+//       every lane arrives everywhere, which compute-sanitizer's racecheck can follow.
 //   S3  A registers: the two buffers alternate. A buffer is rewritten only after a wait that leaves
 //       no wgmmas but those of the other buffer in flight.
 //   S4  Staging memory is rewritten only after the thread that starts a warpgroup's stores has
@@ -128,6 +129,11 @@ struct PersistentShape {
 
   static constexpr int kMaxTailShift = MaxTailShift(kTileM);
 
+#if defined(W4A16_RACECHECK)
+  static constexpr int kReleasingLanes = 32;
+#else
+  static constexpr int kReleasingLanes = 1;
+#endif
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 152;
 
@@ -315,7 +321,12 @@ struct PersistentConsumer {
   }
 
   __device__ inline void Release() {
+#if defined(W4A16_RACECHECK)
+    for (int rank = 0; rank < Shape::kCluster; ++rank)
+      ptx::MbarrierArriveCluster(ptx::MapShared(Shape::Empty(shared, previous), rank));  // S2
+#else
     if (releases) ptx::MbarrierArriveCluster(empty + 8 * previous);  // S2
+#endif
   }
 
   // Starts the wgmmas of block kBlock of the current stage, which a[kBuffer] holds; while they run,
@@ -455,7 +466,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     ptx::PrefetchTensorMap(&maps.out);
     for (int i = 0; i < Shape::kStages; ++i) {
       ptx::MbarrierInit(Shape::Full(shared, i), 1);
-      ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kConsumers / 32 * Shape::kCluster);
+      ptx::MbarrierInit(Shape::Empty(shared, i),
+                        Shape::kConsumers / 32 * Shape::kReleasingLanes * Shape::kCluster);
     }
     ptx::FenceMbarrierInit();
   }

@@ -3,7 +3,8 @@
 // results and workspace start as NaN. Each case runs twice and must give the same bits, within the
 // tolerance of the double-precision reference.
 //
-//   fuzz [--device cpu|cuda] [--cases C] [--seed S] [--only I] [--family decode|wgmma|persistent|cutlass]
+//   fuzz [--device cpu|cuda] [--cases C] [--seed S] [--only I]
+//        [--family decode|wgmma|persistent|cutlass]
 //
 // A failure prints one line that reproduces it. The last line counts the cases of each kernel.
 #include <cstdio>
