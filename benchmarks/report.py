@@ -49,9 +49,9 @@ class Rivals:
             self.rows = {(row["N"], row["K"], row["M"]): row for row in rows}
 
     def limit_ratio(self, row: Row) -> float | None:
-        """best_us / limit in the rivals' own run."""
+        """best_us / limit in the rivals' own run, which was in float16."""
         rival = self.rows.get((row["N"], row["K"], row["M"]))
-        if rival is None:
+        if rival is None or row["dtype"] != "float16":
             return None
         return rival["best_us"] / limit_us(rival["floor_us"], row["M"], row["N"], row["K"])
 
