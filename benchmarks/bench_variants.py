@@ -58,10 +58,14 @@ def _graph(library: Any, n: int, k: int, m: int, variant: tuple) -> Any:
     config = library.select(problem, device)
     x = layer.activations(m)
     out = torch.empty((m, n), dtype=layer.torch_dtype, device=graph.DEVICE)
-    call = graph.checked_kernel(layer, x, out, graph.Check(layer, x), config, device)
-    if bias:
+    check = graph.Check(layer, x)
+    call = graph.checked_kernel(layer, x, out, check, config, device)
+    if bias:  # of zeros, so that the same check serves
         vector = torch.zeros(n, dtype=layer.torch_dtype, device=graph.DEVICE)
         call = layer.kernel(x, out, config, device, bias=vector)
+        out.fill_(float("nan"))
+        call(0)
+        check(out)
     return timing.Graph(call, len(layer.packed))
 
 

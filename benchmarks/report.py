@@ -112,6 +112,12 @@ def _text(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def _mean_of_all(rows: Sequence[Row], measure: Callable[[Row], float | None]) -> str:
+    """The geometric mean; empty where a row was not measured: fewer shapes would mean something else."""
+    found = values(rows, measure)
+    return _text(geomean(found)) if len(found) == len(rows) else ""
+
+
 def _within(m: int, value: float | None, bound: float | None) -> bool:
     if bound is None:
         return True
@@ -147,10 +153,10 @@ def print_summary(header: Mapping[str, Any], rows: Sequence[Row], rivals: Rivals
                 _text(min(speedups, default=None)),
                 _text(geomean(values(at, rivals.limit_ratio))),
                 f"{ahead} of {len(leads)}" if leads else "",
-                _text(geomean(values(at, ratio("tinygemm_us", "us")))),
-                _text(geomean(values(at, ratio("jit_us", "us")))),
-                _text(geomean(values(at, ratio("jit_dense_us", "jit_us")))),
-                _text(geomean(values(at, ratio("jit_xla_us", "jit_us")))),
+                _mean_of_all(at, ratio("tinygemm_us", "us")),
+                _mean_of_all(at, ratio("jit_us", "us")),
+                _mean_of_all(at, ratio("jit_dense_us", "jit_us")),
+                _mean_of_all(at, ratio("jit_xla_us", "jit_us")),
             ]
             print(f"{m:6d} " + " ".join(f"{field:>13}" for field in fields))
         behind = [
@@ -177,7 +183,7 @@ def markdown(header: Mapping[str, Any], rows: Sequence[Row], rivals: Rivals, plo
     table = []
     for m in _tokens(rows):
         cells = [
-            _text(geomean(values((r for r in rows if r["M"] == m and r["dtype"] == dtype), measure)))
+            _mean_of_all([r for r in rows if r["M"] == m and r["dtype"] == dtype], measure)
             for _, measure in columns
             for dtype in dtypes
         ]

@@ -152,13 +152,14 @@ class Expectation {
     double worst = 0;
     for (const Output& o : outputs_) {
       const double error = std::abs(out[o.at] - o.value) / o.tolerance;
-      if (!(error <= worst)) worst = error;
+      if (std::isnan(error)) return error;
+      worst = std::max(worst, error);
     }
     return worst;
   }
 
  private:
-  static constexpr int64_t kMostSampled = 4096;
+  static constexpr int64_t kMostSampled = 8192;
   struct Output {
     int64_t at;
     double value, tolerance;

@@ -204,6 +204,15 @@ class TestReport:
         with pytest.raises(ValueError, match="expected the lines"):
             report.replace_part("no markers", part)
 
+    def test_no_mean_over_some_of_the_shapes(self):
+        rows = [row(jit_us=8.0, jit_xla_us=16.0), row(shape=(8192, 8192), jit_us=8.0)]
+        part = report.markdown(
+            {}, [*rows, row(m=2, jit_us=8.0, jit_xla_us=24.0)], report.Rivals(Path("none")), ""
+        )
+        lines = {line.split(" | ")[0]: line for line in part.splitlines() if line.startswith("| ")}
+        assert lines["| 1"].endswith("| - |")
+        assert lines["| 2"].endswith("| 3.00 |")
+
     def test_main_draws_and_rewrites(self, tmp_path, capsys):
         pytest.importorskip("matplotlib")
         results = tmp_path / "results" / "card.json"
