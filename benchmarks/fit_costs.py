@@ -46,18 +46,31 @@ def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
     if "StreamK" in config["name"] and tiles % SMS and steps > 8:
         return np.array([1, tiles / SMS * steps, tiles / SMS + 1])
     if config["family"] == "persistent":
-        waves = persistent_waves(config, tiles)
+        waves = persistent_waves(config, n, m)
     else:
         waves = ceil_div(tiles * config["split_k"], SMS)
     return np.array([1, max(waves, fill) * steps, waves])
 
 
-def persistent_waves(config: dict, tiles: int) -> float:
+def persistent_waves(config: dict, n: int, m: int) -> float:
     """Waves, in whole tiles: the twin of SchedulePersistent in gemm_persistent.h."""
     clusters = SMS // config["cluster_n"]
-    whole, rest = divmod(tiles // config["cluster_n"], clusters)
-    halves = 0.56 * ceil_div(2 * rest, clusters) if config["tile_m"] == 256 else 1
-    return whole + min(rest > 0, halves)
+    tiles_m = ceil_div(m, config["tile_m"])
+    units = ceil_div(ceil_div(n, config["tile_n"]), config["cluster_n"]) * tiles_m
+    full, rest = divmod(units, clusters)
+    if rest == 0:
+        return full
+    waves = full + 1.0
+    if (config["tile_n"], config["tile_m"]) == (128, 256):
+        waves = min(waves, full + 0.56 * ceil_div(2 * rest, clusters))
+    row_blocks = config["tile_n"] // 64
+    columns = full * clusters // tiles_m
+    fewest = {4: 2, 5: 3}.get(row_blocks, row_blocks)
+    for rows in range(fewest, row_blocks if config["cluster_n"] == 1 else 0):
+        cut = (columns + ceil_div(ceil_div(n, 64) - columns * row_blocks, rows)) * tiles_m
+        if cut <= (full + 1) * clusters:
+            waves = min(waves, full + rows / row_blocks)
+    return waves
 
 
 def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:

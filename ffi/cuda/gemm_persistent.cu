@@ -37,7 +37,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
   }
 
   const int64_t tiles_m = CeilDiv(p.m, config.tile_m);
-  const int64_t units_n = CeilDiv(CeilDiv(p.n, config.tile_n), cluster);
+  const int64_t units_n = schedule.tail_rows > 0 ? std::max(schedule.whole_columns, int64_t{1})
+                                                 : CeilDiv(CeilDiv(p.n, config.tile_n), cluster);
   const bool one_group = NumGroups(p) == 1;
   const PersistentParams params = {
       .qweight = o.qweight,
@@ -51,10 +52,13 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .blocks_per_group = one_group ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
       .per_panel = Divisor(static_cast<uint32_t>(kPanelM * units_n)),
       .last_width = Divisor(static_cast<uint32_t>(std::max(tiles_m % kPanelM, int64_t{1}))),
+      .tiles_m = Divisor(static_cast<uint32_t>(tiles_m)),
       .full_panels = static_cast<int>(tiles_m / kPanelM),
       .whole_units = static_cast<int>(schedule.whole_units),
       .units = static_cast<int>(schedule.units),
       .tail_shift = schedule.tail_shift,
+      .tail_rows = schedule.tail_rows,
+      .whole_columns = static_cast<int>(schedule.whole_columns),
       // x is read by every column of tiles of a panel, which is worth a place in L2 where it fits;
       // codes are read once for every token tile.
       .x_policy = std::min<int64_t>(p.m, kPanelM * config.tile_m) * p.k * 2 <= kMostKeptBytes

@@ -6,13 +6,14 @@
 //
 // computed as out^T[N, M] = w^T x^T, accumulated in float32; T rounds to x's type.
 //
-//                kTileM tokens (wgmma's n)     A tile: kTileN rows of weights by kTileM tokens,
-//               +-------------------------+    or half of them in the last wave
-//   rows  0..63 |  consumer warpgroup 0   |    (gemm_persistent.h). A consumer warpgroup owns 64
-//        64..   |  consumer warpgroup 1   |    rows (wgmma's m), warp w of warpgroup g block row
-//         ...   |         ...             |    4 * g + w of 16 rows; the 16 bytes of lane l in a
-//               +-------------------------+    packed block are its A fragments of the block's
-//                                              four k16 steps (layout.h).
+//                kTileM tokens (wgmma's n)     A tile: kTileN rows of weights by kTileM tokens; in
+//               +-------------------------+    the last wave also parts of one
+//   rows  0..63 |  consumer warpgroup 0   |    (gemm_persistent.h). A tile is blocks of 64 rows
+//        64..   |  consumer warpgroup 1   |    (wgmma's m), dealt to two or three consumer
+//         ...   |  warpgroup 0 again ...  |    warpgroups in turn. Warp w of a warpgroup has 16 of
+//               +-------------------------+    the rows; the 16 bytes of lane l in a packed block
+//                                              are its A fragments of the block's four k16 steps
+//                                              (layout.h).
 //
 //   A further warpgroup gives up its registers; one of its threads, the producer, starts every load
 //   and runs ahead, into the next tile while consumers finish the last one.
@@ -27,8 +28,8 @@
 //
 //   The end of a tile: accumulators are rounded, transposed by stmatrix into the warpgroup's own
 //   staging memory and leave by tensor stores, which run on during the next tile. Before that, the
-//   next tile's first block is dequantised, while the last wgmmas run. float32 output goes straight
-//   from registers to memory.
+//   next tile's first steps are dequantised, while the last wgmmas run. float32 output goes
+//   straight from registers to memory.
 //
 // Every element is summed in the order of K and written by one thread; its bits depend on neither
 // the schedule nor on timing.
@@ -96,8 +97,9 @@ struct PersistentParams {
   int m, n, k;
   int blocks_per_group;
   Divisor per_panel, last_width;  // units in a full panel; token tiles in the last panel
+  Divisor tiles_m;
   int full_panels;
-  int whole_units, units, tail_shift;  // gemm_persistent.h
+  int whole_units, units, tail_shift, tail_rows, whole_columns;  // gemm_persistent.h
   uint64_t x_policy, weight_policy;
   float alpha;
   bool out_is_f32;
@@ -121,13 +123,20 @@ template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kCluster_
 struct PersistentShape {
   static constexpr bool kHasZeros = kHasZeros_;
   static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kCluster = kCluster_;
-  static constexpr int kWarpgroups = kTileN / 64;
+  // Blocks of 64 rows, shared out to two or three consumer warpgroups.
+  static constexpr int kRowBlocks = kTileN / 64;
+  static constexpr int kWarpgroups = WarpgroupsOf(kTileN);
+  static constexpr int kMostRows = (kRowBlocks + kWarpgroups - 1) / kWarpgroups;  // of one
+  static constexpr int kLeastRows = kRowBlocks / kWarpgroups;                     // of the last one
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
-  static_assert(kTileN % 64 == 0 && (kWarpgroups == 2 || kWarpgroups == 3));
-  static_assert(kTileM % (8 * kCluster) == 0 && kTileM % kStoreTokens == 0 && kStages >= 2);
+  static_assert(kTileN % 64 == 0 && kRowBlocks >= 2 && kRowBlocks <= 5);
+  static_assert(kTileM % (8 * kCluster) == 0 && kTileM % kStoreTokens == 0 && kStages >= 3);
 
-  static constexpr int kMaxTailShift = MaxTailShift(kTileM);
+  // k16 steps whose wgmmas a warpgroup starts at a time. Two leave registers for a second block of
+  // rows; four are up to 4% faster where they fit.
+  static constexpr int kSteps = kMostRows == 1 ? 4 : 2;
+  static constexpr int kMaxTailShift = MaxTailShift(kTileN, kTileM);
 
 #if defined(W4A16_RACECHECK)
   static constexpr int kReleasingLanes = 32;
@@ -135,7 +144,12 @@ struct PersistentShape {
   static constexpr int kReleasingLanes = 1;
 #endif
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 152;
+  static constexpr int kMostRegisters = kWarpgroups == 2 ? 232 : kMostRows == 1 ? 152 : 176;
+  static constexpr int kLeastRegisters = kMostRows == kLeastRows ? kMostRegisters : 120;
+  static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;  // at launch
+  static_assert(kMostRegisters > kFirstRegisters &&
+                kMostRegisters * (kWarpgroups - 1) + kLeastRegisters + kProducerRegisters <=
+                    kFirstRegisters * (kWarpgroups + 1));
 
   // Blocks of 64 codes to a stage: one of a whole tile, two of a part.
   static constexpr int kPartBlocks = kMaxTailShift > 0 ? 2 : 1;
@@ -148,8 +162,9 @@ struct PersistentShape {
   // Staging memory for a whole tile, or for half of it at a time.
   static constexpr int kSharedPerCta = 227 * 1024, kBarrierBytes = 2 * kStages * 8;
   static constexpr int kStagedTokens =
-      kStages * kStageBytes + kTileN * 2 * kTileM + kBarrierBytes <= kSharedPerCta ? kTileM
-                                                                                   : kTileM / 2;
+      kStages * kStageBytes + kWarpgroups * 128 * kTileM + kBarrierBytes <= kSharedPerCta
+          ? kTileM
+          : kTileM / 2;
   static constexpr int kStagedBytes = kStagedTokens * kStoreRows * 2;  // one warpgroup
 
   static constexpr int kXOffset = 0;
@@ -172,18 +187,26 @@ struct PersistentShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// What a CTA does at a time: kTileM >> shift tokens from m0 on, kTileN rows of weights from n0 on.
+// What a CTA does at a time: kTileM >> shift tokens from m0 on, `rows` rows of weights from n0 on.
 struct Unit {
-  int n0, m0, shift;
+  int n0, m0, shift, rows;
 };
 
 template <typename Shape>
 __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
   int shift = 0, part = 0, tile = index;
   if (index >= p.whole_units) {
+    const int left = index - p.whole_units;
+    if (Shape::kMostRows > 1 && p.tail_rows > 0) {
+      const int column = p.tiles_m.Quotient(left);
+      return {.n0 = p.whole_columns * Shape::kTileN + column * p.tail_rows * 64,
+              .m0 = (left - column * static_cast<int>(p.tiles_m.d)) * Shape::kTileM,
+              .shift = 0,
+              .rows = p.tail_rows * 64};
+    }
     shift = p.tail_shift;
-    tile = p.whole_units + ((index - p.whole_units) >> shift);
-    part = (index - p.whole_units) & ((1 << shift) - 1);
+    tile = p.whole_units + (left >> shift);
+    part = left & ((1 << shift) - 1);
   }
   const int panel = p.per_panel.Quotient(tile), inside = tile - panel * p.per_panel.d;
   const bool full = panel < p.full_panels;
@@ -191,7 +214,8 @@ __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
   const int row = inside - column * (full ? kPanelM : p.last_width.d);
   return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
           .m0 = (panel * kPanelM + row) * Shape::kTileM + part * (Shape::kTileM >> shift),
-          .shift = shift};
+          .shift = shift,
+          .rows = Shape::kTileN};
 }
 
 // Starts every load of the CTA's units. Runs in one thread.
@@ -207,9 +231,9 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
     const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
     const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
     // The last cluster along N may reach beyond N by whole CTAs.
-    const int rows = min(Shape::kTileN, p.n - unit.n0);
+    const int rows = min(unit.rows, p.n - unit.n0);
     const uint32_t code_bytes =
-        min(Shape::kTileN / kBlockN, blocks_n - unit.n0 / kBlockN) * kBlockBytes;
+        min(unit.rows / kBlockN, blocks_n - unit.n0 / kBlockN) * kBlockBytes;
     const uint32_t row_bytes = rows * 2;
     const uint32_t block_bytes =
         tokens * 128 + (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
@@ -270,10 +294,17 @@ struct PairOf<__nv_bfloat16> {
   __device__ static inline Type Round(float lo, float hi) { return __floats2bfloat162_rn(lo, hi); }
 };
 
-// One consumer thread's way through the stages.
+// One consumer thread's way through the stages. Its warpgroup owns kRows blocks of 64 rows of a
+// unit: its r-th is the unit's block r * kWarpgroups + warpgroup. A stage is taken in parts of
+// kSteps k16 steps of 64 rows.
 template <typename T, typename Shape>
 struct PersistentConsumer {
   using T2 = typename PairOf<T>::Type;
+  static constexpr int kSteps = Shape::kSteps, kPer = 4 / kSteps;  // parts of 64 rows
+  // With two blocks of rows, codes are loaded before the wgmmas that hide their dequantisation, and
+  // sums start from 0: the compiler would keep registers for values that were never set. With one,
+  // neither is as fast (1%).
+  static constexpr bool kAhead = Shape::kMostRows > 1, kClears = kAhead;
 
   uint32_t shared;
   uint32_t codes;   // the lane's 16 bytes of the block of stage 0
@@ -282,7 +313,9 @@ struct PersistentConsumer {
   bool releases;    // whether it tells any
   int slot = 0, previous = 0;
   uint32_t parity = 0;
-  uint32_t a[2][16];
+  uint32_t a[2][4 * kSteps];  // of even parts and of odd parts
+  uint32_t word[4];           // codes, scales and zeros of the 64 rows being dequantised
+  uint16_t scale[2], zero[2];
 
   __device__ static inline T2 Splat(uint16_t bits) {
     const T value = reinterpret_cast<const T&>(bits);
@@ -291,103 +324,162 @@ struct PersistentConsumer {
 
   __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
 
-  // a[kBuffer] = T((code - zero) * scale) of block kBlock of the current stage.
-  template <int kBuffer, int kBlock>
-  __device__ inline void Dequantize() {
+  template <int kBlock, int kRow>
+  __device__ inline void Load() {
     const int place = slot * Shape::kPartBlocks + kBlock;
-    const uint4 words = ptx::LoadShared128(codes + place * Shape::kCodeBytes);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    const uint32_t row = scales + place * Shape::kRowBytes;
-    T2 scale[2], zero[2];
+    const uint4 words = ptx::LoadShared128(codes + place * Shape::kCodeBytes +
+                                           kRow * Shape::kWarpgroups * 4 * kBlockBytes);
+    word[0] = words.x;
+    word[1] = words.y;
+    word[2] = words.z;
+    word[3] = words.w;
+    const uint32_t row = scales + place * Shape::kRowBytes + kRow * Shape::kWarpgroups * 128;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      scale[r] = Splat(ptx::LoadShared16(row + 16 * r));
+      scale[r] = ptx::LoadShared16(row + 16 * r);
       if constexpr (Shape::kHasZeros)
-        zero[r] =
-            Splat(ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r));
+        zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
     }
+  }
+
+  // a[kBuffer] = T((code - zero) * scale) of the steps from kStep on of what was loaded.
+  template <int kBuffer, int kStep>
+  __device__ inline void Dequantize() {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       uint32_t unscaled[4];
-      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[step], unscaled);
+      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[kStep + step],
+                                                                            unscaled);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         T2 value = reinterpret_cast<const T2&>(unscaled[i]);
-        if constexpr (Shape::kHasZeros) value = __hsub2(value, zero[i & 1]);
-        value = __hmul2(value, scale[i & 1]);
+        if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
+        value = __hmul2(value, Splat(scale[i & 1]));
         a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
       }
     }
   }
 
-  __device__ inline void Release() {
+  __device__ inline void Advance() {
+    previous = slot;
+    if (++slot == Shape::kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+
+  __device__ inline void Release(int stage) {
 #if defined(W4A16_RACECHECK)
     for (int rank = 0; rank < Shape::kCluster; ++rank)
-      ptx::MbarrierArriveCluster(ptx::MapShared(Shape::Empty(shared, previous), rank));  // S2
+      ptx::MbarrierArriveCluster(ptx::MapShared(Shape::Empty(shared, stage), rank));  // S2
 #else
-    if (releases) ptx::MbarrierArriveCluster(empty + 8 * previous);  // S2
+    if (releases) ptx::MbarrierArriveCluster(empty + 8 * stage);  // S2
 #endif
   }
 
-  // Starts the wgmmas of block kBlock of the current stage, which a[kBuffer] holds; while they run,
-  // dequantises the next block: of the same stage if kStays, else of the next one, if there are
-  // `more`.
-  template <int kTokens, int kBuffer, int kBlock, bool kStays>
-  __device__ inline void Step(float (&acc)[kTokens / 2], bool first, bool more) {
+  // Readies the first part of the first unit.
+  __device__ inline void Begin() {
+    Acquire();
+    Load<0, 0>();
+    Dequantize<0, 0>();
+  }
+
+  // Takes parts kPart to kParts of the current stage, of which a[kBuffer] holds the first: starts
+  // the wgmmas of each and, while they run, dequantises the next; after the last that of the next
+  // stage, if there are `more`.
+  template <int kRows, int kTokens, int kBuffer, int kPart, int kParts>
+  __device__ inline void Stage(float (&acc)[kRows][kTokens / 2], bool first, bool more) {
+    constexpr int kRow = kPart / kPer % kRows, kBlock = kPart / kPer / kRows;
+    constexpr int kStep = kPart % kPer * kSteps, kNext = kPart + 1;
     const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + slot * Shape::kXBytes +
-                                                 kBlock * kTokens * 128);
+                                                 kBlock * kTokens * 128) +
+                       2 * kStep;
+    const int retired = previous;
+    const auto next = [&] {
+      if constexpr (kNext == kParts) {
+        Advance();
+        if (more) {
+          Acquire();
+          Load<0, 0>();
+        }
+      } else if constexpr (kNext % kPer == 0) {
+        Load<kNext / kPer / kRows, kNext / kPer % kRows>();
+      }
+    };
+    if constexpr (kAhead) next();
     ptx::WgmmaFence(a[kBuffer]);
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-      ptx::Wgmma<T, kTokens>(acc, &a[kBuffer][4 * step], x + 2 * step, step > 0 || !first);
+    for (int step = 0; step < kSteps; ++step)
+      ptx::Wgmma<T, kTokens>(acc[kRow], &a[kBuffer][4 * step], x + 2 * step,
+                             kClears || kBlock > 0 || kStep + step > 0 || !first);
     ptx::WgmmaCommit();
     ptx::WgmmaWait<1>();  // S3
     ptx::KeepAlive(a[kBuffer ^ 1]);
-    if (kBlock == 0 && !first) Release();
-    if constexpr (kStays) {
-      Dequantize<kBuffer ^ 1, kBlock + 1>();
+    if (kPart == 0 && !first) Release(retired);
+    if constexpr (!kAhead) next();
+    if constexpr (kNext < kParts) {
+      Dequantize<kBuffer ^ 1, kNext % kPer * kSteps>();
+      Stage<kRows, kTokens, kBuffer ^ 1, kNext, kParts>(acc, first, more);
     } else {
-      previous = slot;
-      if (++slot == Shape::kStages) {
-        slot = 0;
-        parity ^= 1;
-      }
-      if (!more) return;
-      Acquire();
-      Dequantize<kBuffer ^ 1, 0>();
+      if (more) Dequantize<kBuffer ^ 1, 0>();
     }
   }
 
-  // A unit: `blocks` blocks, of which a[0] holds the first. Leaves that of the next unit in a[0],
-  // if there are `more`.
-  template <int kTokens>
-  __device__ inline void Run(float (&acc)[kTokens / 2], int blocks, bool more) {
-    constexpr bool kPairs = kTokens < Shape::kTileM && Shape::kPartBlocks == 2;
-    ptx::Undefined(acc);
-    int i = 0;
-    for (; i + 2 <= blocks; i += 2) {
-      Step<kTokens, 0, 0, kPairs>(acc, i == 0, true);
-      Step<kTokens, 1, kPairs, false>(acc, false, i + 2 < blocks || more);
+  // A unit: `blocks` blocks, of which a[0] holds the first part. Leaves that of the next unit in
+  // a[0], if there are `more`.
+  template <int kRows, int kTokens>
+  __device__ inline void Run(float (&acc)[kRows][kTokens / 2], int blocks, bool more) {
+    constexpr int kBlocks = kTokens < Shape::kTileM ? Shape::kPartBlocks : 1;
+    constexpr int kParts = kPer * kRows * kBlocks;  // of a stage
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kClears) {
+#pragma unroll
+        for (float& sum : acc[r]) sum = 0.0f;
+      } else {
+        ptx::Undefined(acc[r]);
+      }
     }
-    if (i < blocks) Step<kTokens, 0, 0, false>(acc, i == 0, more);
+    if constexpr (kClears) {
+#pragma unroll
+      for (uint32_t& value : a[1]) value = 0;
+    }
+    int i = 0;
+    if constexpr (kParts % 2 == 0) {
+#pragma unroll 1
+      for (; i + kBlocks <= blocks; i += kBlocks)
+        Stage<kRows, kTokens, 0, 0, kParts>(acc, i == 0, i + kBlocks < blocks || more);
+    } else {
+      for (; i + 2 <= blocks; i += 2) {
+        Stage<kRows, kTokens, 0, 0, kParts>(acc, i == 0, true);
+        Stage<kRows, kTokens, 1, 0, kParts>(acc, false, i + 2 < blocks || more);
+      }
+    }
+    if constexpr (kPer == 1) {
+      if (i < blocks) Stage<kRows, kTokens, 0, 0, kRows>(acc, i == 0, more);
+    }
     ptx::WgmmaWait<0>();
     ptx::KeepAlive(a[0]);
     ptx::KeepAlive(a[1]);
-    ptx::Settle(acc);
-    Release();
-    if (i < blocks) {
 #pragma unroll
-      for (int j = 0; j < 16; ++j) a[0][j] = a[1][j];
+    for (int r = 0; r < kRows; ++r) ptx::Settle(acc[r]);
+    Release(previous);
+    if constexpr (kPer == 1) {
+      if (i < blocks) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) a[0][j] = a[1][j];
+      }
     }
   }
 };
 
-// From a warpgroup's accumulators to `out`.
+// From a warpgroup's accumulators of 64 rows from first_n on to `out`.
 template <typename T, typename Shape, int kTokens>
 __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentParams& p,
-                                 const float (&acc)[kTokens / 2], uint32_t shared, int n0, int m0) {
+                                 const float (&acc)[kTokens / 2], uint32_t shared, int first_n,
+                                 int m0) {
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int first_n = n0 + kStoreRows * group, n = first_n + 16 * warp + lane / 4;
+  const int n = first_n + 16 * warp + lane / 4;
   float bias[2] = {-0.0f, -0.0f};  // adding -0 changes nothing
   if (p.bias != nullptr) {
 #pragma unroll
@@ -448,6 +540,50 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
   }
 }
 
+// The part of a consumer warp in the CTA's units; its warpgroup owns kMine blocks of 64 rows of a
+// whole tile.
+template <typename T, typename Shape, int kMine>
+__device__ inline void ConsumeUnits(const PersistentMaps& maps, const PersistentParams& p,
+                                    uint32_t shared, int first, int stride, int rank, int warp) {
+  const int lane = threadIdx.x % 32, told = lane < Shape::kCluster ? lane : 0, group = warp / 4;
+  const int blocks = static_cast<int>(CeilDiv(p.k, kBlockK));
+  int index = first;
+  PersistentConsumer<T, Shape> consumer{
+      .shared = shared,
+      .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
+      .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
+      .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
+      .releases = lane < Shape::kCluster,
+  };
+  consumer.Begin();
+  const auto run = [&]<int kRows, int kTokens>(int end) {
+    for (; index < end; index += stride) {
+      float acc[kRows][kTokens / 2];
+      consumer.template Run<kRows, kTokens>(acc, blocks, index + stride < p.units);
+      const Unit unit = UnitOf<Shape>(p, index, rank);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        StoreUnit<T, Shape, kTokens>(maps, p, acc[r], shared,
+                                     unit.n0 + 64 * (r * Shape::kWarpgroups + group), unit.m0);
+    }
+  };
+  if constexpr (Shape::kMostRows == 1) {
+    run.template operator()<1, Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
+    if constexpr (Shape::kMaxTailShift >= 1) {
+      if (p.tail_shift == 1) run.template operator()<1, Shape::kTileM / 2>(p.units);
+    }
+  } else {
+    // The warpgroup's blocks of rows of a unit of the last wave: as many as of a whole tile, or
+    // one.
+    const int rows = (p.tail_rows - group + Shape::kWarpgroups - 1) / Shape::kWarpgroups;
+    const bool same = p.tail_rows == 0 || rows == kMine;
+    run.template operator()<kMine, Shape::kTileM>(same ? p.units : p.whole_units);
+    if constexpr (kMine > 1) run.template operator()<1, Shape::kTileM>(p.units);
+  }
+  if (threadIdx.x % 128 == 0) ptx::BulkWaitRead<0>();
+  __syncwarp();
+}
+
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <typename T, typename Shape>
@@ -486,33 +622,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       ProduceUnits<T, Shape>(maps, p, shared, first, stride, rank);
     __syncwarp();
   } else {
-    ptx::TakeRegisters<Shape::kConsumerRegisters>();
-    const int told = lane < Shape::kCluster ? lane : 0;
-    PersistentConsumer<T, Shape> consumer{
-        .shared = shared,
-        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
-        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
-        .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
-        .releases = lane < Shape::kCluster,
-    };
-    const int blocks = static_cast<int>(CeilDiv(p.k, kBlockK));
-    consumer.Acquire();
-    consumer.template Dequantize<0, 0>();
-    int index = first;
-    const auto run = [&]<int kTokens>(int end) {
-      for (; index < end; index += stride) {
-        const Unit unit = UnitOf<Shape>(p, index, rank);
-        float acc[kTokens / 2];
-        consumer.template Run<kTokens>(acc, blocks, index + stride < p.units);
-        StoreUnit<T, Shape, kTokens>(maps, p, acc, shared, unit.n0, unit.m0);
-      }
-    };
-    run.template operator()<Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
-    if constexpr (Shape::kMaxTailShift >= 1) {
-      if (p.tail_shift == 1) run.template operator()<Shape::kTileM / 2>(p.units);
+    if (Shape::kMostRows == Shape::kLeastRows || warp < Shape::kConsumers / 32 - 4) {
+      ptx::TakeRegisters<Shape::kMostRegisters>();
+      ConsumeUnits<T, Shape, Shape::kMostRows>(maps, p, shared, first, stride, rank, warp);
+    } else {
+      if constexpr (Shape::kLeastRegisters < Shape::kFirstRegisters)
+        ptx::ReleaseRegisters<Shape::kLeastRegisters>();
+      else
+        ptx::TakeRegisters<Shape::kLeastRegisters>();
+      ConsumeUnits<T, Shape, Shape::kLeastRows>(maps, p, shared, first, stride, rank, warp);
     }
-    if (threadIdx.x % 128 == 0) ptx::BulkWaitRead<0>();
-    __syncwarp();
   }
   if constexpr (Shape::kCluster > 1) {
     ptx::ClusterArrive();  // S5
