@@ -12,13 +12,19 @@
 //         ...   |         ...             |    a packed block are its A fragments of the block's
 //               +-------------------------+    four k16 steps (layout.h).
 //
-//   One further warp is the producer: one of its lanes starts every copy.
+//   One further warp is the producer: one of its lanes starts every copy. kTeams sets of such
+//   consumers take turns at the stages; at the end the first adds the others' sums to its own, in
+//   their order.
 //
 //   A stage holds kBlocks packed blocks along K (64 codes each) of the tile:
 //     x       kBlocks tiles of kTileM rows x 128 bytes, swizzled     tensor copies, zero-filled
 //     codes   kBlocks x kTileN / 16 packed blocks of 512 bytes       bulk copies
 //     scales  kTileN values for every group that the stage meets     bulk copies
 //     zeros   likewise, if kHasZeros
+//
+//   Folding, for few tokens and groups of whole blocks: A is T(code - zero), a group's products are
+//   summed by themselves and added times the scale in float32. Otherwise A is w, and one sum runs
+//   through all of K.
 //
 //   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
 //   tile's tokens each, out of the float32 sums that they send one another, added in rank order.
@@ -42,8 +48,8 @@
 //       after the wait that retires the warp's wgmmas on the stage; what the warp itself read from
 //       the stage is in their operands. compute-sanitizer's racecheck does not follow this from
 //       lane to lane: built with W4A16_RACECHECK, every lane arrives for itself.
-//   S3  A registers: a buffer for each k16 step of a block. It is rewritten only after a wait that
-//       leaves no more than the three wgmmas since in flight.
+//   S3  A registers: a ring of buffers, one a k16 step. One is rewritten only after a wait that
+//       leaves in flight no more than the wgmmas that read the others.
 //   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
 //       consumers of the CTA have passed their last read (named barrier 2).
 //   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
@@ -52,6 +58,8 @@
 //       counts its bytes there). Each CTA waits for it, so none exits while others write to it.
 //   S7  Consumers pass named barrier 1 first: the producer's warp arrives there when it has
 //       initialised the mbarriers.
+//   S8  The first team reads the others' sums past named barrier 3, at which they arrive when they
+//       have written them. The sums overlay the stages, as in S4.
 #pragma once
 
 #include <climits>
@@ -97,14 +105,18 @@ struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
+template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kTeams_, int kStages_,
+          int kSplitK_>
 struct WgmmaShape {
   static constexpr bool kHasZeros = kHasZeros_;
   static constexpr bool kFolds = kFolds_;  // scales sums, not weights (Consumer)
-  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kSplitK = kSplitK_;
-  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2);
+  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kTeams = kTeams_, kStages = kStages_,
+                       kSplitK = kSplitK_;
+  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2 && kTeams <= kStages);
 
-  static constexpr int kConsumers = 2 * kTileN;  // a warpgroup for every 64 rows
+  static constexpr int kTeamThreads = 2 * kTileN;  // a warpgroup for every 64 rows
+  static constexpr int kTeamWarps = kTeamThreads / 32;
+  static constexpr int kConsumers = kTeams * kTeamThreads;
 
   // Of a consumer thread: accumulators, A, addresses.
   static constexpr int kRegisters = kFolds ? kTileM + 40 : kTileM / 2 + 64;
@@ -144,9 +156,12 @@ struct WgmmaShape {
   // summed of it stays in place of the stages; the other ranks' sums come to its inbox.
   static constexpr int kChunks = kTileM / 8;
   static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
-  static constexpr int kChunkBytes = kConsumers * 16;  // four sums a thread
+  static constexpr int kChunkBytes = kTeamThreads * 16;  // four sums a thread
   static constexpr int kSliceBytes = kSliceChunks * kChunkBytes;
-  static constexpr int kInboxOffset = kPipelineBytes > kSliceBytes ? kPipelineBytes : kSliceBytes;
+  // The sums of all teams but the first, which adds them to its own, follow.
+  static constexpr int kTeamsOffset = kSliceBytes;
+  static constexpr int kFinishBytes = kTeamsOffset + (kTeams - 1) * kChunks * kChunkBytes;
+  static constexpr int kInboxOffset = kPipelineBytes > kFinishBytes ? kPipelineBytes : kFinishBytes;
   __device__ static int ChunksOf(int rank) {
     return max(0, min(kSliceChunks, kChunks - rank * kSliceChunks));
   }
@@ -182,10 +197,10 @@ struct WgmmaShape {
 
 // The shape of a line of configs.inc. With zeros it has a stage less if that keeps as many CTAs on
 // an SM as there are without.
-template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kStages, int kSplitK>
+template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kTeams, int kStages, int kSplitK>
 struct ShapeOfLine {
   template <bool kZeros, int kLess>
-  using Candidate = WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess, kSplitK>;
+  using Candidate = WgmmaShape<kZeros, kFolds, kTileN, kTileM, kTeams, kStages - kLess, kSplitK>;
   static constexpr int kCtas = Candidate<false, 0>::kCtasPerSm;
   static constexpr int kLess =
       Candidate<kHasZeros, 0>::kCtasPerSm < kCtas && Candidate<kHasZeros, 1>::kCtasPerSm == kCtas;
@@ -279,7 +294,8 @@ struct Consumer {
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
   int scale_shift;
   bool releases;  // arrives at empty[]
-  int slot = 0, previous = 0;
+  int slot;       // at first the number of the team
+  int previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
   static constexpr int kBuffers = 2;  // of RunFolded
@@ -358,11 +374,11 @@ struct Consumer {
 
   // As Run, for groups of kPartBlocks blocks or more, which begin at stages or their blocks.
   template <int kPartBlocks>
-  __device__ inline void RunFolded(int blocks) {
+  __device__ inline void RunFolded(int team, int blocks) {
     float sums[Shape::kTileM / 2];
     ptx::Undefined(sums);
-    int i = 0;
-    for (; i + 2 <= blocks; i += 2) {
+    int i = 2 * team;
+    for (; i + 2 <= blocks; i += 2 * Shape::kTeams) {
       Acquire();
       Factors f = LoadFactors(0);
       Multiply<0>(sums, f, false);
@@ -413,8 +429,9 @@ struct Consumer {
 
   __device__ inline void Advance() {
     previous = slot;
-    if (++slot == Shape::kStages) {
-      slot = 0;
+    slot += Shape::kTeams;
+    if (slot >= Shape::kStages) {
+      slot -= Shape::kStages;
       parity ^= 1;
     }
   }
@@ -423,19 +440,20 @@ struct Consumer {
   // block, which only sizes that are odd multiples of 32 do. The last stage is not released: nobody
   // waits for it.
   template <bool kFineGroups>
-  __device__ inline void Run(int blocks) {
+  __device__ inline void Run(int team, int blocks) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) a[step][0] = a[step][1] = a[step][2] = a[step][3] = 0;
-    int i = 0;
-    for (; i + Shape::kBlocks <= blocks; i += Shape::kBlocks) {
+    constexpr int kTurn = Shape::kTeams * Shape::kBlocks;
+    int i = team * Shape::kBlocks;
+    for (; i + Shape::kBlocks <= blocks; i += kTurn) {
       Acquire();
-      Step<kFineGroups, 0>(i > 0);
+      Step<kFineGroups, 0>(i >= kTurn);
       if constexpr (Shape::kBlocks == 2) Step<kFineGroups, 1>(false);
       Advance();
     }
     if (i < blocks) {
       Acquire();
-      Step<kFineGroups, 0>(i > 0);
+      Step<kFineGroups, 0>(i >= kTurn);
     }
     ptx::WgmmaWait<0>();
 #pragma unroll
@@ -481,10 +499,10 @@ __device__ inline void StoreChunk(const WgmmaParams& p, int token, int n, float 
 // slice stay with it, or go to the same thread of the slice's rank; what follows is then a short
 // loop: instructions met for the first time cost more than the detour.
 template <typename T, typename Shape>
-__device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
-                                  uint32_t shared, int rank, int n0, int m0) {
+__device__ inline void FinishTile(const WgmmaParams& p, float (&acc)[Shape::kTileM / 2],
+                                  uint32_t shared, int team, int rank, int n0, int m0) {
   constexpr int kSplitK = Shape::kSplitK;
-  const int thread = threadIdx.x, lane = thread % 32;
+  const int thread = threadIdx.x % Shape::kTeamThreads, lane = thread % 32;
   const int n = n0 + thread / 32 * 16;
   float bias[2] = {};
   if (p.bias != nullptr) {
@@ -493,7 +511,34 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
       if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
   }
   const uint32_t own = shared + thread * 16, inbox = own + Shape::kInboxOffset;
-  ptx::NamedBarrier(2, Shape::kConsumers);        // S4
+  ptx::NamedBarrier(2, Shape::kConsumers);  // S4
+  if constexpr (Shape::kTeams > 1) {
+    const uint32_t others = shared + Shape::kTeamsOffset + thread * 16;
+    if (team > 0) {
+#pragma unroll
+      for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+        ptx::StoreShared(others + ((team - 1) * Shape::kChunks + chunk) * Shape::kChunkBytes,
+                         acc[4 * chunk], acc[4 * chunk + 1], acc[4 * chunk + 2],
+                         acc[4 * chunk + 3]);
+      ptx::NamedBarrierArrive(3, Shape::kConsumers);  // S8
+      if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
+      return;
+    }
+    ptx::NamedBarrier(3, Shape::kConsumers);  // S8
+#pragma unroll
+    for (int other = 0; other < Shape::kTeams - 1; ++other) {
+#pragma unroll
+      for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
+        const uint4 bits =
+            ptx::LoadShared128(others + (other * Shape::kChunks + chunk) * Shape::kChunkBytes);
+        const float4 v = reinterpret_cast<const float4&>(bits);
+        acc[4 * chunk] += v.x;
+        acc[4 * chunk + 1] += v.y;
+        acc[4 * chunk + 2] += v.z;
+        acc[4 * chunk + 3] += v.w;
+      }
+    }
+  }
   if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
 #pragma unroll
   for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
@@ -561,7 +606,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       ptx::PrefetchTensorMap(&x_map);
       for (int i = 0; i < Shape::kStages; ++i) {
         ptx::MbarrierInit(Shape::Full(shared, i), 1);
-        ptx::MbarrierInit(Shape::Empty(shared, i), kProducerWarp * Shape::kReleasingLanes);
+        ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kTeamWarps * Shape::kReleasingLanes);
       }
       ptx::MbarrierInit(Shape::Received(shared), 1);
       ptx::FenceMbarrierInit();
@@ -601,26 +646,28 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     }
   } else {
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
+    const int team = warp / Shape::kTeamWarps, team_warp = warp % Shape::kTeamWarps;
     Consumer<T, Shape> consumer{
         .shared = shared,
-        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
-        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
+        .codes = shared + Shape::kCodeOffset + team_warp * kBlockBytes + lane * 16,
+        .scales = shared + Shape::kScaleOffset + (16 * team_warp + lane / 4) * 2,
         .scale_shift = scale_shift,
         .releases = lane < Shape::kReleasingLanes,
+        .slot = team,
     };
     const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
     if constexpr (Shape::kFolds) {
       if (scale_shift == 2)
-        consumer.template RunFolded<2>(blocks);
+        consumer.template RunFolded<2>(team, blocks);
       else
-        consumer.template RunFolded<1>(blocks);
+        consumer.template RunFolded<1>(team, blocks);
     } else {
       if (scale_shift == 0)
-        consumer.template Run<true>(blocks);
+        consumer.template Run<true>(team, blocks);
       else
-        consumer.template Run<false>(blocks);
+        consumer.template Run<false>(team, blocks);
     }
-    FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
+    FinishTile<T, Shape>(p, consumer.acc, shared, team, rank, n0, m0);
   }
 #else
   __trap();
@@ -633,13 +680,13 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_DECODE(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
-#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                           \
-  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                    \
-    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&          \
-        config.split_k == SPLIT) {                                                      \
-      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT>::Type; \
-      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};               \
-    }                                                                                   \
+#define W4A16_WGMMA(N, M, TEAMS, STAGES, SPLIT, ...)                                           \
+  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                           \
+    if (config.tile_n == N && config.tile_m == M && config.teams == TEAMS &&                    \
+        config.stages == STAGES && config.split_k == SPLIT) {                                  \
+      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, TEAMS, STAGES, SPLIT>::Type; \
+      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};                      \
+    }                                                                                          \
   }
 #include "configs.inc"
 #undef W4A16_DECODE
