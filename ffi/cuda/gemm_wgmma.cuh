@@ -121,15 +121,14 @@ struct WgmmaShape {
   // Of a consumer thread: accumulators, A, addresses.
   static constexpr int kRegisters = kFolds ? kTileM + 40 : kTileM / 2 + 64;
 
-  // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
-  // If consumers need more than an even share, a producer warpgroup gives up its registers.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int LaunchRegisters(int ctas) {
-    return 65536 / ctas / (kConsumers + 128) / 8 * 8;
-  }
+  // If consumers need more than an even share, the producer warpgroup gives up its registers.
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kLeastLaunchRegisters = kTileM / 2 + 32;  // ptxas asks for so many
+  static constexpr int LaunchRegisters(int ctas) { return 65536 / ctas / kThreads / 8 * 8; }
   static constexpr int ConsumerRegisters(int ctas) {
-    const int free = (LaunchRegisters(ctas) * (kConsumers + 128) - kProducerRegisters * 128) /
-                     kConsumers / 8 * 8;
+    const int free =
+        (LaunchRegisters(ctas) * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
     return free < 240 ? free : 240;
   }
 #if defined(W4A16_RACECHECK)
@@ -177,22 +176,19 @@ struct WgmmaShape {
   }
   __device__ static uint32_t Received(uint32_t shared) { return Full(shared, 2 * kStages); }
 
-  static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
   // Several CTAs of small tiles hide each other's start and end.
+  static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
   static constexpr bool Fits(int ctas) {
-    const int warps_per_quarter = (ctas * (kConsumers / 32 + 1) + 3) / 4;
     return ctas * (kSharedBytes + kReserved) <= kSharedPerSm + kReserved &&
-           (ctas == 1 || (kFolds ? LaunchRegisters(ctas) >= kProducerRegisters &&
-                                       ConsumerRegisters(ctas) >= kRegisters
-                                 : warps_per_quarter * 32 * kRegisters <= 65536 / 4));
+           (ctas == 1 || (LaunchRegisters(ctas) >= kLeastLaunchRegisters &&
+                          ConsumerRegisters(ctas) >= kRegisters));
   }
   static constexpr int MostCtas(int ctas) {
     return ctas == 0 || Fits(ctas) ? ctas : MostCtas(ctas - 1);
   }
-  static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
-  static constexpr bool kReallocate = LaunchRegisters(kFolds ? kCtasPerSm : 1) < kRegisters;
-  static constexpr int kConsumerRegisters = ConsumerRegisters(kFolds ? kCtasPerSm : 1);
-  static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
+  static constexpr int kCtasPerSm = MostCtas(6);
+  static constexpr bool kReallocate = LaunchRegisters(kCtasPerSm) < kRegisters;
+  static constexpr int kConsumerRegisters = ConsumerRegisters(kCtasPerSm);
 };
 
 // The shape of a line of configs.inc. With zeros it has a stage less if that keeps as many CTAs on
@@ -209,80 +205,105 @@ struct ShapeOfLine {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks blocks. Runs in one
-// converged warp.
+// Starts the copies of the CTA's part of K: chunks [begin, end) of kBlocks blocks. Runs in the
+// producer's four converged warps, each of which starts one kind of copy.
 template <typename T, typename Shape>
-__device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
-                                     uint32_t shared, int begin, int end, int n0, int m0,
-                                     int scale_shift) {
-  const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
-  const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
-  const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
-  const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
-  const int64_t code_stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
-  const char* codes = reinterpret_cast<const char*>(p.qweight) +
-                      begin * Shape::kBlocks * code_stride +
-                      static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
-  // Codes and scales are read once unless several token tiles share them; every tile of rows reads
-  // x.
-  const uint64_t keep = ptx::PolicyEvictLast();
-  const uint64_t weight_policy =
-      p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
+struct Producer {
+  const CUtensorMap& x_map;
+  const WgmmaParams& p;
+  uint32_t shared;
+  int begin, end;
+  int n0, m0;
+  int scale_shift;
 
-  // The group of the next row of scales, and where along K that row and the group after it start.
-  int row_k = begin * Shape::kBlocks * kBlockK;
-  int group = min(row_k / p.group_size, p.groups - 1);
-  int64_t next_group_k = static_cast<int64_t>(group + 1) * p.group_size;
-  const T* scales = static_cast<const T*>(p.scales) + static_cast<int64_t>(group) * p.n + n0;
-  const T* zeros = static_cast<const T*>(p.zeros) + static_cast<int64_t>(group) * p.n + n0;
-
-  int slot = 0;
-  uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
-  for (int chunk = begin; chunk < end; ++chunk) {
-    const int blocks = min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks);
-    const int rows = ((2 * blocks - 1) >> scale_shift) + 1;
-    const uint32_t full = Shape::Full(shared, slot);
-    ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-    const bool elected = ptx::ElectOne();
-    if (elected)
-      ptx::MbarrierArriveExpectTx(full, blocks * (Shape::kXBytes + code_bytes) +
-                                            rows * row_bytes * (Shape::kHasZeros ? 2 : 1));
-#pragma unroll
-    for (int b = 0; b < Shape::kBlocks; ++b) {
-      if (b >= blocks) break;
-      const int place = slot * Shape::kBlocks + b;
-      if (elected) {
-        ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
-                      full, weight_policy);
-        ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
-                          (chunk * Shape::kBlocks + b) * kBlockK, m0, full, keep);
+  // Calls start(chunk, blocks of it, stage, full barrier) in one lane when the stage is free.
+  template <typename Start>
+  __device__ inline void ForEachStage(Start start) {
+    const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
+    int slot = 0;
+    uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
+    for (int chunk = begin; chunk < end; ++chunk) {
+      ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
+      if (ptx::ElectOne())
+        start(chunk, min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks), slot,
+              Shape::Full(shared, slot));
+      if (++slot == Shape::kStages) {
+        slot = 0;
+        parity ^= 1;
       }
-      codes += code_stride;
-    }
-    for (int row = 0; row < rows; ++row) {
-      // Codes beyond K meet zeros of x; they take the last group's scale.
-      if (row_k >= next_group_k && group + 1 < p.groups) {
-        ++group;
-        next_group_k += p.group_size;
-        scales += p.n;
-        zeros += p.n;
-      }
-      row_k += 32 << scale_shift;
-      const int place = slot * Shape::kScaleRows + row;
-      if (elected) {
-        ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes, scales, row_bytes,
-                      full, weight_policy);
-        if constexpr (Shape::kHasZeros)
-          ptx::BulkLoad(shared + Shape::kZeroOffset + place * Shape::kRowBytes, zeros, row_bytes,
-                        full, weight_policy);
-      }
-    }
-    if (++slot == Shape::kStages) {
-      slot = 0;
-      parity ^= 1;
     }
   }
-}
+
+  __device__ inline int ScaleRows(int blocks) { return ((2 * blocks - 1) >> scale_shift) + 1; }
+
+  // Codes and scales are read once unless several token tiles share them.
+  __device__ inline uint64_t WeightPolicy() {
+    return p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
+  }
+
+  // Codes; announces the bytes of all copies.
+  __device__ inline void StartCodes() {
+    const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
+    const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
+    const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2 * (Shape::kHasZeros ? 2 : 1);
+    const int64_t stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
+    const char* codes = reinterpret_cast<const char*>(p.qweight) + begin * Shape::kBlocks * stride +
+                        static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
+    const uint64_t policy = WeightPolicy();
+    ForEachStage([&](int chunk, int blocks, int slot, uint32_t full) {
+      ptx::MbarrierArriveExpectTx(
+          full, blocks * (Shape::kXBytes + code_bytes) + ScaleRows(blocks) * row_bytes);
+      const uint32_t to = shared + Shape::kCodeOffset + slot * Shape::kBlocks * Shape::kCodeBytes;
+      const char* from = codes + (chunk - begin) * Shape::kBlocks * stride;
+#pragma unroll
+      for (int b = 0; b < Shape::kBlocks; ++b)
+        if (b < blocks)
+          ptx::BulkLoad(to + b * Shape::kCodeBytes, from + b * stride, code_bytes, full, policy);
+    });
+  }
+
+  // x, which every tile of rows reads.
+  __device__ inline void StartX() {
+    const uint64_t policy = ptx::PolicyEvictLast();
+    ForEachStage([&](int chunk, int blocks, int slot, uint32_t full) {
+      const uint32_t to = shared + Shape::kXOffset + slot * Shape::kBlocks * Shape::kXBytes;
+#pragma unroll
+      for (int b = 0; b < Shape::kBlocks; ++b)
+        if (b < blocks)
+          ptx::TensorLoad2d(to + b * Shape::kXBytes, &x_map, (chunk * Shape::kBlocks + b) * kBlockK,
+                            m0, full, policy);
+    });
+  }
+
+  // Rows of scales, or of zeros. Codes beyond K meet zeros of x; they take the last group's scale.
+  __device__ inline void StartRows(const void* rows, int offset) {
+    const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
+    const uint64_t policy = WeightPolicy();
+    const int run = 32 << scale_shift;  // codes to a row
+    const int k = begin * Shape::kBlocks * kBlockK;
+    int group = min(k / p.group_size, p.groups - 1);
+    int left = (p.group_size - k % p.group_size) / run;  // rows until the next group
+    const T* from = static_cast<const T*>(rows) + static_cast<int64_t>(group) * p.n + n0;
+    ForEachStage([&](int, int blocks, int slot, uint32_t full) {
+      const uint32_t to = shared + offset + slot * Shape::kScaleRows * Shape::kRowBytes;
+      for (int row = 0; row < ScaleRows(blocks); ++row) {
+        ptx::BulkLoad(to + row * Shape::kRowBytes, from, row_bytes, full, policy);
+        if (--left == 0 && group + 1 < p.groups) {
+          ++group;
+          from += p.n;
+          left = p.group_size / run;
+        }
+      }
+    });
+  }
+
+  __device__ inline void Run(int warp) {
+    if (warp == 0) StartCodes();
+    if (warp == 1) StartX();
+    if (warp == 2) StartRows(p.scales, Shape::kScaleOffset);
+    if (warp == 3 && Shape::kHasZeros) StartRows(p.zeros, Shape::kZeroOffset);
+  }
+};
 
 // One consumer thread's way through the stages.
 template <typename T, typename Shape>
@@ -618,11 +639,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     __syncwarp();
   }
   if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
-  // The producer starts at once; the others wait for its barriers.
+  // The warp that has initialised the barriers starts at once; the others wait for it.
   if (warp == kProducerWarp)
-    ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);  // S7
-  else if (warp < kProducerWarp)
-    ptx::NamedBarrier(1, Shape::kConsumers + 32);  // S7
+    ptx::NamedBarrierArrive(1, Shape::kThreads);  // S7
+  else
+    ptx::NamedBarrier(1, Shape::kThreads);  // S7
 
   int tile_n, tile_m;
   TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
@@ -638,8 +659,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 
   if (warp >= kProducerWarp) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
-    if (warp == kProducerWarp)
-      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift);
+    Producer<T, Shape>{x_map, p, shared, begin, end, n0, m0, scale_shift}.Run(warp - kProducerWarp);
     if constexpr (Shape::kSplitK > 1) {
       __syncwarp();
       ptx::ClusterWait();  // S5
@@ -682,7 +702,7 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(N, M, TEAMS, STAGES, SPLIT, ...)                                           \
   if constexpr (M <= kMostFoldedTokens || !kFolds) {                                           \
-    if (config.tile_n == N && config.tile_m == M && config.teams == TEAMS &&                    \
+    if (config.tile_n == N && config.tile_m == M && config.teams == TEAMS &&                   \
         config.stages == STAGES && config.split_k == SPLIT) {                                  \
       using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, TEAMS, STAGES, SPLIT>::Type; \
       return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};                      \
