@@ -112,7 +112,7 @@ struct WgmmaShape {
   static constexpr bool kFolds = kFolds_;  // scales sums, not weights (Consumer)
   static constexpr int kTileN = kTileN_, kTileM = kTileM_, kTeams = kTeams_, kStages = kStages_,
                        kSplitK = kSplitK_;
-  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2 && kTeams <= kStages);
+  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages % kTeams == 0);
 
   static constexpr int kTeamThreads = 2 * kTileN;  // a warpgroup for every 64 rows
   static constexpr int kTeamWarps = kTeamThreads / 32;
@@ -191,12 +191,13 @@ struct WgmmaShape {
   static constexpr int kConsumerRegisters = ConsumerRegisters(kCtasPerSm);
 };
 
-// The shape of a line of configs.inc. With zeros it has a stage less if that keeps as many CTAs on
-// an SM as there are without.
+// The shape of a line of configs.inc. With zeros it has a stage a team less if that keeps as many
+// CTAs on an SM as there are without.
 template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kTeams, int kStages, int kSplitK>
 struct ShapeOfLine {
   template <bool kZeros, int kLess>
-  using Candidate = WgmmaShape<kZeros, kFolds, kTileN, kTileM, kTeams, kStages - kLess, kSplitK>;
+  using Candidate =
+      WgmmaShape<kZeros, kFolds, kTileN, kTileM, kTeams, kStages - kLess * kTeams, kSplitK>;
   static constexpr int kCtas = Candidate<false, 0>::kCtasPerSm;
   static constexpr int kLess =
       Candidate<kHasZeros, 0>::kCtasPerSm < kCtas && Candidate<kHasZeros, 1>::kCtasPerSm == kCtas;
@@ -216,7 +217,7 @@ struct Producer {
   int n0, m0;
   int scale_shift;
 
-  // Calls start(chunk, blocks of it, stage, full barrier) in one lane when the stage is free.
+  // Calls start(chunk, blocks of it, stage, full barrier) when the stage is free.
   template <typename Start>
   __device__ inline void ForEachStage(Start start) {
     const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
@@ -224,9 +225,8 @@ struct Producer {
     uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
     for (int chunk = begin; chunk < end; ++chunk) {
       ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-      if (ptx::ElectOne())
-        start(chunk, min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks), slot,
-              Shape::Full(shared, slot));
+      start(chunk, min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks), slot,
+            Shape::Full(shared, slot));
       if (++slot == Shape::kStages) {
         slot = 0;
         parity ^= 1;
@@ -234,31 +234,29 @@ struct Producer {
     }
   }
 
-  __device__ inline int ScaleRows(int blocks) { return ((2 * blocks - 1) >> scale_shift) + 1; }
-
   // Codes and scales are read once unless several token tiles share them.
   __device__ inline uint64_t WeightPolicy() {
     return p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
   }
 
-  // Codes; announces the bytes of all copies.
+  // Codes; announces the bytes of x, too.
   __device__ inline void StartCodes() {
     const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
     const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
-    const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2 * (Shape::kHasZeros ? 2 : 1);
     const int64_t stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
     const char* codes = reinterpret_cast<const char*>(p.qweight) + begin * Shape::kBlocks * stride +
                         static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
     const uint64_t policy = WeightPolicy();
-    ForEachStage([&](int chunk, int blocks, int slot, uint32_t full) {
-      ptx::MbarrierArriveExpectTx(
-          full, blocks * (Shape::kXBytes + code_bytes) + ScaleRows(blocks) * row_bytes);
-      const uint32_t to = shared + Shape::kCodeOffset + slot * Shape::kBlocks * Shape::kCodeBytes;
-      const char* from = codes + (chunk - begin) * Shape::kBlocks * stride;
+    ForEachStage([&](int, int blocks, int slot, uint32_t full) {
+      if (ptx::ElectOne()) {
+        ptx::MbarrierArriveExpectTx(full, blocks * (Shape::kXBytes + code_bytes));
+        const uint32_t to = shared + Shape::kCodeOffset + slot * Shape::kBlocks * Shape::kCodeBytes;
 #pragma unroll
-      for (int b = 0; b < Shape::kBlocks; ++b)
-        if (b < blocks)
-          ptx::BulkLoad(to + b * Shape::kCodeBytes, from + b * stride, code_bytes, full, policy);
+        for (int b = 0; b < Shape::kBlocks; ++b)
+          if (b < blocks)
+            ptx::BulkLoad(to + b * Shape::kCodeBytes, codes + b * stride, code_bytes, full, policy);
+      }
+      codes += Shape::kBlocks * stride;
     });
   }
 
@@ -266,6 +264,7 @@ struct Producer {
   __device__ inline void StartX() {
     const uint64_t policy = ptx::PolicyEvictLast();
     ForEachStage([&](int chunk, int blocks, int slot, uint32_t full) {
+      if (!ptx::ElectOne()) return;
       const uint32_t to = shared + Shape::kXOffset + slot * Shape::kBlocks * Shape::kXBytes;
 #pragma unroll
       for (int b = 0; b < Shape::kBlocks; ++b)
@@ -275,33 +274,42 @@ struct Producer {
     });
   }
 
-  // Rows of scales, or of zeros. Codes beyond K meet zeros of x; they take the last group's scale.
-  __device__ inline void StartRows(const void* rows, int offset) {
-    const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
-    const uint64_t policy = WeightPolicy();
-    const int run = 32 << scale_shift;  // codes to a row
+  // Scales and zeros. Codes beyond K meet zeros of x; they take the last group's.
+  __device__ inline void StartScales() {
+    static_assert(Shape::kTileN <= 256);
+    const int lane = threadIdx.x % 32;
+    const int pieces = min(Shape::kTileN, p.n - n0) / 8;  // of 16 bytes, in a row: one a lane
+    const int run = 32 << scale_shift;                    // codes to a row
     const int k = begin * Shape::kBlocks * kBlockK;
     int group = min(k / p.group_size, p.groups - 1);
     int left = (p.group_size - k % p.group_size) / run;  // rows until the next group
-    const T* from = static_cast<const T*>(rows) + static_cast<int64_t>(group) * p.n + n0;
+    int64_t at = static_cast<int64_t>(group) * p.n + n0 + 8 * lane;
     ForEachStage([&](int, int blocks, int slot, uint32_t full) {
-      const uint32_t to = shared + offset + slot * Shape::kScaleRows * Shape::kRowBytes;
-      for (int row = 0; row < ScaleRows(blocks); ++row) {
-        ptx::BulkLoad(to + row * Shape::kRowBytes, from, row_bytes, full, policy);
+      const int rows = ((2 * blocks - 1) >> scale_shift) + 1;
+      for (int row = 0; row < rows; ++row) {
+        const uint32_t to =
+            shared + Shape::kScaleOffset + (slot * Shape::kScaleRows + row) * Shape::kRowBytes;
+        if (lane < pieces) {
+          ptx::CopyAsync(to + 16 * lane, static_cast<const T*>(p.scales) + at);
+          if constexpr (Shape::kHasZeros)
+            ptx::CopyAsync(to + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * lane,
+                           static_cast<const T*>(p.zeros) + at);
+        }
         if (--left == 0 && group + 1 < p.groups) {
           ++group;
-          from += p.n;
+          at += p.n;
           left = p.group_size / run;
         }
       }
+      ptx::CopyAsyncArrive(full);
     });
+    ptx::CopyAsyncWaitAll();
   }
 
   __device__ inline void Run(int warp) {
     if (warp == 0) StartCodes();
     if (warp == 1) StartX();
-    if (warp == 2) StartRows(p.scales, Shape::kScaleOffset);
-    if (warp == 3 && Shape::kHasZeros) StartRows(p.zeros, Shape::kZeroOffset);
+    if (warp == 2) StartScales();
   }
 };
 
@@ -626,7 +634,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     if (ptx::ElectOne()) {
       ptx::PrefetchTensorMap(&x_map);
       for (int i = 0; i < Shape::kStages; ++i) {
-        ptx::MbarrierInit(Shape::Full(shared, i), 1);
+        ptx::MbarrierInit(Shape::Full(shared, i), 1 + 32);
         ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kTeamWarps * Shape::kReleasingLanes);
       }
       ptx::MbarrierInit(Shape::Received(shared), 1);
