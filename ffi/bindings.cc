@@ -78,7 +78,6 @@ nb::list Configs() {
     entry["blocks"] = c.blocks;
     entry["warps"] = c.warps;
     entry["team"] = c.team;
-    entry["teams"] = c.teams;
     entry["stages"] = c.stages;
     entry["split_k"] = c.split_k;
     entry["cluster_n"] = c.cluster_n;

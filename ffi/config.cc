@@ -22,14 +22,13 @@ constexpr Config kConfigs[] = {
    .stages = STAGES,                                                                         \
    .split_k = SPLIT,                                                                         \
    W4A16_COSTS(__VA_ARGS__)},
-#define W4A16_WGMMA(N, M, TEAMS, STAGES, SPLIT, ...)                \
-  {.name = "wgmma_" #N "x" #M "_t" #TEAMS "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kWgmma,                                        \
-   .tile_n = N,                                                     \
-   .tile_m = M,                                                     \
-   .teams = TEAMS,                                                  \
-   .stages = STAGES,                                                \
-   .split_k = SPLIT,                                                \
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)           \
+  {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kWgmma,                            \
+   .tile_n = N,                                         \
+   .tile_m = M,                                         \
+   .stages = STAGES,                                    \
+   .split_k = SPLIT,                                    \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_PERSISTENT(N, M, STAGES, CLUSTER, ...)           \
   {.name = "persistent_" #N "x" #M "_s" #STAGES "_c" #CLUSTER, \
@@ -115,11 +114,11 @@ bool IsInvariantDecode(const Config& config) {
 }
 
 // Batch-invariant problems are left to configurations that all sum in one order. wgmma without
-// split-K and teams adds up the steps of K one after the other, whatever the tile; decode's order depends on
+// split-K adds up the steps of K one after the other, whatever the tile; decode's order depends on
 // the configuration, so there is only one.
 bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& config) {
   if (HopperRefusal(p, compute_capability) == nullptr)
-    return (config.family == Family::kWgmma && config.split_k == 1 && config.teams == 1) ||
+    return (config.family == Family::kWgmma && config.split_k == 1) ||
            config.family == Family::kPersistent;
   return IsInvariantDecode(config);
 }

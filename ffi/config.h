@@ -29,7 +29,6 @@ struct Config {
   int blocks = 0;     // decode: blocks of K in a stage
   int warps = 0;      // decode: warps of a CTA; teams of them share a tile's K,
   int team = 1;       // a team's warps share its N
-  int teams = 1;      // wgmma: teams of warps that take turns at a tile's stages
   int stages = 0;     // depth of the pipeline (0: chosen by CUTLASS)
   int split_k = 1;    // CTAs (a cluster) that share a tile's K, summed in fixed order
   int cluster_n = 1;  // CTAs along N and M that share loads by multicast

@@ -12,9 +12,7 @@
 //         ...   |         ...             |    a packed block are its A fragments of the block's
 //               +-------------------------+    four k16 steps (layout.h).
 //
-//   One further warp is the producer: one of its lanes starts every copy. kTeams sets of such
-//   consumers take turns at the stages; at the end the first adds the others' sums to its own, in
-//   their order.
+//   One further warp is the producer: one of its lanes starts every copy.
 //
 //   A stage holds kBlocks packed blocks along K (64 codes each) of the tile:
 //     x       kBlocks tiles of kTileM rows x 128 bytes, swizzled     tensor copies, zero-filled
@@ -22,9 +20,9 @@
 //     scales  kTileN values for every group that the stage meets     bulk copies
 //     zeros   likewise, if kHasZeros
 //
-//   Folding, for few tokens and groups of whole blocks: A is T(code - zero), a group's products are
-//   summed by themselves and added times the scale in float32. Otherwise A is w, and one sum runs
-//   through all of K.
+//   Folding (few tokens, groups of whole blocks, not batch-invariant): A is T(code - zero), each
+//   group is summed by itself and added times its scale in float32. Otherwise A is w, and one sum
+//   runs through all of K.
 //
 //   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
 //   tile's tokens each, out of the float32 sums that they send one another, added in rank order.
@@ -34,7 +32,10 @@
 // A has been read, that is, until the wgmma before it is done. So each k16 step is dequantised
 // between two wgmmas. Small problems are bound by what comes before and after the loop: a release
 // at the cluster's scope waits for all that the thread has in flight, hence st.async; instructions
-// fetched for the first time cost more than those that unrolling saves, hence loops.
+// fetched for the first time cost more than those that unrolling saves, hence loops. With four
+// warpgroups an SM a 64 x 64 block takes 130 cycles at 32 tokens, 117 folded; at 64 tokens 160
+// either way. ptxas serialises wgmmas where sums are read after a wait in another iteration, or
+// where one kernel holds both ways: hence a drain for every group, and kernels of their own.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -58,8 +59,6 @@
 //       counts its bytes there). Each CTA waits for it, so none exits while others write to it.
 //   S7  Consumers pass named barrier 1 first: the producer's warp arrives there when it has
 //       initialised the mbarriers.
-//   S8  The first team reads the others' sums past named barrier 3, at which they arrive when they
-//       have written them. The sums overlay the stages, as in S4.
 #pragma once
 
 #include <climits>
@@ -85,7 +84,7 @@ struct WgmmaParams {
 };
 
 // Tiles of up to so many tokens are also compiled to scale sums instead of weights.
-constexpr int kMostFoldedTokens = 64;
+constexpr int kMostFoldedTokens = 32;
 
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
@@ -105,30 +104,27 @@ struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kTeams_, int kStages_,
-          int kSplitK_>
+template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
 struct WgmmaShape {
   static constexpr bool kHasZeros = kHasZeros_;
   static constexpr bool kFolds = kFolds_;  // scales sums, not weights (Consumer)
-  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kTeams = kTeams_, kStages = kStages_,
-                       kSplitK = kSplitK_;
-  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages % kTeams == 0);
+  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kSplitK = kSplitK_;
+  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2);
 
-  static constexpr int kTeamThreads = 2 * kTileN;  // a warpgroup for every 64 rows
-  static constexpr int kTeamWarps = kTeamThreads / 32;
-  static constexpr int kConsumers = kTeams * kTeamThreads;
+  static constexpr int kConsumers = 2 * kTileN;  // a warpgroup for every 64 rows
 
   // Of a consumer thread: accumulators, A, addresses.
   static constexpr int kRegisters = kFolds ? kTileM + 40 : kTileM / 2 + 64;
 
-  // If consumers need more than an even share, the producer warpgroup gives up its registers.
-  static constexpr int kThreads = kConsumers + 128;
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kLeastLaunchRegisters = kTileM / 2 + 32;  // ptxas asks for so many
-  static constexpr int LaunchRegisters(int ctas) { return 65536 / ctas / kThreads / 8 * 8; }
+  // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
+  // If consumers need more than an even share, a producer warpgroup gives up its registers.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int LaunchRegisters(int ctas) {
+    return 65536 / ctas / (kConsumers + 128) / 8 * 8;
+  }
   static constexpr int ConsumerRegisters(int ctas) {
-    const int free =
-        (LaunchRegisters(ctas) * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
+    const int free = (LaunchRegisters(ctas) * (kConsumers + 128) - kProducerRegisters * 128) /
+                     kConsumers / 8 * 8;
     return free < 240 ? free : 240;
   }
 #if defined(W4A16_RACECHECK)
@@ -155,12 +151,9 @@ struct WgmmaShape {
   // summed of it stays in place of the stages; the other ranks' sums come to its inbox.
   static constexpr int kChunks = kTileM / 8;
   static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
-  static constexpr int kChunkBytes = kTeamThreads * 16;  // four sums a thread
+  static constexpr int kChunkBytes = kConsumers * 16;  // four sums a thread
   static constexpr int kSliceBytes = kSliceChunks * kChunkBytes;
-  // The sums of all teams but the first, which adds them to its own, follow.
-  static constexpr int kTeamsOffset = kSliceBytes;
-  static constexpr int kFinishBytes = kTeamsOffset + (kTeams - 1) * kChunks * kChunkBytes;
-  static constexpr int kInboxOffset = kPipelineBytes > kFinishBytes ? kPipelineBytes : kFinishBytes;
+  static constexpr int kInboxOffset = kPipelineBytes > kSliceBytes ? kPipelineBytes : kSliceBytes;
   __device__ static int ChunksOf(int rank) {
     return max(0, min(kSliceChunks, kChunks - rank * kSliceChunks));
   }
@@ -176,28 +169,30 @@ struct WgmmaShape {
   }
   __device__ static uint32_t Received(uint32_t shared) { return Full(shared, 2 * kStages); }
 
-  // Several CTAs of small tiles hide each other's start and end.
   static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
+  // Several CTAs of small tiles hide each other's start and end.
   static constexpr bool Fits(int ctas) {
+    const int warps_per_quarter = (ctas * (kConsumers / 32 + 1) + 3) / 4;
     return ctas * (kSharedBytes + kReserved) <= kSharedPerSm + kReserved &&
-           (ctas == 1 || (LaunchRegisters(ctas) >= kLeastLaunchRegisters &&
-                          ConsumerRegisters(ctas) >= kRegisters));
+           (ctas == 1 || (kFolds ? LaunchRegisters(ctas) >= kProducerRegisters &&
+                                       ConsumerRegisters(ctas) >= kRegisters
+                                 : warps_per_quarter * 32 * kRegisters <= 65536 / 4));
   }
   static constexpr int MostCtas(int ctas) {
     return ctas == 0 || Fits(ctas) ? ctas : MostCtas(ctas - 1);
   }
-  static constexpr int kCtasPerSm = MostCtas(6);
-  static constexpr bool kReallocate = LaunchRegisters(kCtasPerSm) < kRegisters;
-  static constexpr int kConsumerRegisters = ConsumerRegisters(kCtasPerSm);
+  static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
+  static constexpr bool kReallocate = LaunchRegisters(kFolds ? kCtasPerSm : 1) < kRegisters;
+  static constexpr int kConsumerRegisters = ConsumerRegisters(kFolds ? kCtasPerSm : 1);
+  static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
 };
 
-// The shape of a line of configs.inc. With zeros it has a stage a team less if that keeps as many
-// CTAs on an SM as there are without.
-template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kTeams, int kStages, int kSplitK>
+// The shape of a line of configs.inc. With zeros it has a stage less if that keeps as many CTAs on
+// an SM as there are without.
+template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kStages, int kSplitK>
 struct ShapeOfLine {
   template <bool kZeros, int kLess>
-  using Candidate =
-      WgmmaShape<kZeros, kFolds, kTileN, kTileM, kTeams, kStages - kLess * kTeams, kSplitK>;
+  using Candidate = WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess, kSplitK>;
   static constexpr int kCtas = Candidate<false, 0>::kCtasPerSm;
   static constexpr int kLess =
       Candidate<kHasZeros, 0>::kCtasPerSm < kCtas && Candidate<kHasZeros, 1>::kCtasPerSm == kCtas;
@@ -206,112 +201,80 @@ struct ShapeOfLine {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Starts the copies of the CTA's part of K: chunks [begin, end) of kBlocks blocks. Runs in the
-// producer's four converged warps, each of which starts one kind of copy.
+// Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks blocks. Runs in one
+// converged warp.
 template <typename T, typename Shape>
-struct Producer {
-  const CUtensorMap& x_map;
-  const WgmmaParams& p;
-  uint32_t shared;
-  int begin, end;
-  int n0, m0;
-  int scale_shift;
+__device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
+                                     uint32_t shared, int begin, int end, int n0, int m0,
+                                     int scale_shift) {
+  const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
+  const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
+  const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
+  const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
+  const int64_t code_stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
+  const char* codes = reinterpret_cast<const char*>(p.qweight) +
+                      begin * Shape::kBlocks * code_stride +
+                      static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
+  // Codes and scales are read once unless several token tiles share them; every tile of rows reads
+  // x.
+  const uint64_t keep = ptx::PolicyEvictLast();
+  const uint64_t weight_policy =
+      p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
 
-  // Calls start(chunk, blocks of it, stage, full barrier) when the stage is free.
-  template <typename Start>
-  __device__ inline void ForEachStage(Start start) {
-    const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
-    int slot = 0;
-    uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
-    for (int chunk = begin; chunk < end; ++chunk) {
-      ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-      start(chunk, min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks), slot,
-            Shape::Full(shared, slot));
-      if (++slot == Shape::kStages) {
-        slot = 0;
-        parity ^= 1;
+  // The group of the next row of scales, and where along K that row and the group after it start.
+  int row_k = begin * Shape::kBlocks * kBlockK;
+  int group = min(row_k / p.group_size, p.groups - 1);
+  int64_t next_group_k = static_cast<int64_t>(group + 1) * p.group_size;
+  const T* scales = static_cast<const T*>(p.scales) + static_cast<int64_t>(group) * p.n + n0;
+  const T* zeros = static_cast<const T*>(p.zeros) + static_cast<int64_t>(group) * p.n + n0;
+
+  int slot = 0;
+  uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
+  for (int chunk = begin; chunk < end; ++chunk) {
+    const int blocks = min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks);
+    const int rows = ((2 * blocks - 1) >> scale_shift) + 1;
+    const uint32_t full = Shape::Full(shared, slot);
+    ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
+    const bool elected = ptx::ElectOne();
+    if (elected)
+      ptx::MbarrierArriveExpectTx(full, blocks * (Shape::kXBytes + code_bytes) +
+                                            rows * row_bytes * (Shape::kHasZeros ? 2 : 1));
+#pragma unroll
+    for (int b = 0; b < Shape::kBlocks; ++b) {
+      if (b >= blocks) break;
+      const int place = slot * Shape::kBlocks + b;
+      if (elected) {
+        ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
+                      full, weight_policy);
+        ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
+                          (chunk * Shape::kBlocks + b) * kBlockK, m0, full, keep);
+      }
+      codes += code_stride;
+    }
+    for (int row = 0; row < rows; ++row) {
+      // Codes beyond K meet zeros of x; they take the last group's scale.
+      if (row_k >= next_group_k && group + 1 < p.groups) {
+        ++group;
+        next_group_k += p.group_size;
+        scales += p.n;
+        zeros += p.n;
+      }
+      row_k += 32 << scale_shift;
+      const int place = slot * Shape::kScaleRows + row;
+      if (elected) {
+        ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes, scales, row_bytes,
+                      full, weight_policy);
+        if constexpr (Shape::kHasZeros)
+          ptx::BulkLoad(shared + Shape::kZeroOffset + place * Shape::kRowBytes, zeros, row_bytes,
+                        full, weight_policy);
       }
     }
+    if (++slot == Shape::kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
   }
-
-  // Codes and scales are read once unless several token tiles share them.
-  __device__ inline uint64_t WeightPolicy() {
-    return p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
-  }
-
-  // Codes; announces the bytes of x, too.
-  __device__ inline void StartCodes() {
-    const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
-    const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
-    const int64_t stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
-    const char* codes = reinterpret_cast<const char*>(p.qweight) + begin * Shape::kBlocks * stride +
-                        static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
-    const uint64_t policy = WeightPolicy();
-    ForEachStage([&](int, int blocks, int slot, uint32_t full) {
-      if (ptx::ElectOne()) {
-        ptx::MbarrierArriveExpectTx(full, blocks * (Shape::kXBytes + code_bytes));
-        const uint32_t to = shared + Shape::kCodeOffset + slot * Shape::kBlocks * Shape::kCodeBytes;
-#pragma unroll
-        for (int b = 0; b < Shape::kBlocks; ++b)
-          if (b < blocks)
-            ptx::BulkLoad(to + b * Shape::kCodeBytes, codes + b * stride, code_bytes, full, policy);
-      }
-      codes += Shape::kBlocks * stride;
-    });
-  }
-
-  // x, which every tile of rows reads.
-  __device__ inline void StartX() {
-    const uint64_t policy = ptx::PolicyEvictLast();
-    ForEachStage([&](int chunk, int blocks, int slot, uint32_t full) {
-      if (!ptx::ElectOne()) return;
-      const uint32_t to = shared + Shape::kXOffset + slot * Shape::kBlocks * Shape::kXBytes;
-#pragma unroll
-      for (int b = 0; b < Shape::kBlocks; ++b)
-        if (b < blocks)
-          ptx::TensorLoad2d(to + b * Shape::kXBytes, &x_map, (chunk * Shape::kBlocks + b) * kBlockK,
-                            m0, full, policy);
-    });
-  }
-
-  // Scales and zeros. Codes beyond K meet zeros of x; they take the last group's.
-  __device__ inline void StartScales() {
-    static_assert(Shape::kTileN <= 256);
-    const int lane = threadIdx.x % 32;
-    const int pieces = min(Shape::kTileN, p.n - n0) / 8;  // of 16 bytes, in a row: one a lane
-    const int run = 32 << scale_shift;                    // codes to a row
-    const int k = begin * Shape::kBlocks * kBlockK;
-    int group = min(k / p.group_size, p.groups - 1);
-    int left = (p.group_size - k % p.group_size) / run;  // rows until the next group
-    int64_t at = static_cast<int64_t>(group) * p.n + n0 + 8 * lane;
-    ForEachStage([&](int, int blocks, int slot, uint32_t full) {
-      const int rows = ((2 * blocks - 1) >> scale_shift) + 1;
-      for (int row = 0; row < rows; ++row) {
-        const uint32_t to =
-            shared + Shape::kScaleOffset + (slot * Shape::kScaleRows + row) * Shape::kRowBytes;
-        if (lane < pieces) {
-          ptx::CopyAsync(to + 16 * lane, static_cast<const T*>(p.scales) + at);
-          if constexpr (Shape::kHasZeros)
-            ptx::CopyAsync(to + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * lane,
-                           static_cast<const T*>(p.zeros) + at);
-        }
-        if (--left == 0 && group + 1 < p.groups) {
-          ++group;
-          at += p.n;
-          left = p.group_size / run;
-        }
-      }
-      ptx::CopyAsyncArrive(full);
-    });
-    ptx::CopyAsyncWaitAll();
-  }
-
-  __device__ inline void Run(int warp) {
-    if (warp == 0) StartCodes();
-    if (warp == 1) StartX();
-    if (warp == 2) StartScales();
-  }
-};
+}
 
 // One consumer thread's way through the stages.
 template <typename T, typename Shape>
@@ -323,8 +286,7 @@ struct Consumer {
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
   int scale_shift;
   bool releases;  // arrives at empty[]
-  int slot;       // at first the number of the team
-  int previous = 0;
+  int slot = 0, previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
   static constexpr int kBuffers = 2;  // of RunFolded
@@ -403,11 +365,11 @@ struct Consumer {
 
   // As Run, for groups of kPartBlocks blocks or more, which begin at stages or their blocks.
   template <int kPartBlocks>
-  __device__ inline void RunFolded(int team, int blocks) {
+  __device__ inline void RunFolded(int blocks) {
     float sums[Shape::kTileM / 2];
     ptx::Undefined(sums);
-    int i = 2 * team;
-    for (; i + 2 <= blocks; i += 2 * Shape::kTeams) {
+    int i = 0;
+    for (; i + 2 <= blocks; i += 2) {
       Acquire();
       Factors f = LoadFactors(0);
       Multiply<0>(sums, f, false);
@@ -458,9 +420,8 @@ struct Consumer {
 
   __device__ inline void Advance() {
     previous = slot;
-    slot += Shape::kTeams;
-    if (slot >= Shape::kStages) {
-      slot -= Shape::kStages;
+    if (++slot == Shape::kStages) {
+      slot = 0;
       parity ^= 1;
     }
   }
@@ -469,20 +430,19 @@ struct Consumer {
   // block, which only sizes that are odd multiples of 32 do. The last stage is not released: nobody
   // waits for it.
   template <bool kFineGroups>
-  __device__ inline void Run(int team, int blocks) {
+  __device__ inline void Run(int blocks) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) a[step][0] = a[step][1] = a[step][2] = a[step][3] = 0;
-    constexpr int kTurn = Shape::kTeams * Shape::kBlocks;
-    int i = team * Shape::kBlocks;
-    for (; i + Shape::kBlocks <= blocks; i += kTurn) {
+    int i = 0;
+    for (; i + Shape::kBlocks <= blocks; i += Shape::kBlocks) {
       Acquire();
-      Step<kFineGroups, 0>(i >= kTurn);
+      Step<kFineGroups, 0>(i > 0);
       if constexpr (Shape::kBlocks == 2) Step<kFineGroups, 1>(false);
       Advance();
     }
     if (i < blocks) {
       Acquire();
-      Step<kFineGroups, 0>(i >= kTurn);
+      Step<kFineGroups, 0>(i > 0);
     }
     ptx::WgmmaWait<0>();
 #pragma unroll
@@ -528,10 +488,10 @@ __device__ inline void StoreChunk(const WgmmaParams& p, int token, int n, float 
 // slice stay with it, or go to the same thread of the slice's rank; what follows is then a short
 // loop: instructions met for the first time cost more than the detour.
 template <typename T, typename Shape>
-__device__ inline void FinishTile(const WgmmaParams& p, float (&acc)[Shape::kTileM / 2],
-                                  uint32_t shared, int team, int rank, int n0, int m0) {
+__device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
+                                  uint32_t shared, int rank, int n0, int m0) {
   constexpr int kSplitK = Shape::kSplitK;
-  const int thread = threadIdx.x % Shape::kTeamThreads, lane = thread % 32;
+  const int thread = threadIdx.x, lane = thread % 32;
   const int n = n0 + thread / 32 * 16;
   float bias[2] = {};
   if (p.bias != nullptr) {
@@ -540,34 +500,7 @@ __device__ inline void FinishTile(const WgmmaParams& p, float (&acc)[Shape::kTil
       if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
   }
   const uint32_t own = shared + thread * 16, inbox = own + Shape::kInboxOffset;
-  ptx::NamedBarrier(2, Shape::kConsumers);  // S4
-  if constexpr (Shape::kTeams > 1) {
-    const uint32_t others = shared + Shape::kTeamsOffset + thread * 16;
-    if (team > 0) {
-#pragma unroll
-      for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
-        ptx::StoreShared(others + ((team - 1) * Shape::kChunks + chunk) * Shape::kChunkBytes,
-                         acc[4 * chunk], acc[4 * chunk + 1], acc[4 * chunk + 2],
-                         acc[4 * chunk + 3]);
-      ptx::NamedBarrierArrive(3, Shape::kConsumers);  // S8
-      if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
-      return;
-    }
-    ptx::NamedBarrier(3, Shape::kConsumers);  // S8
-#pragma unroll
-    for (int other = 0; other < Shape::kTeams - 1; ++other) {
-#pragma unroll
-      for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
-        const uint4 bits =
-            ptx::LoadShared128(others + (other * Shape::kChunks + chunk) * Shape::kChunkBytes);
-        const float4 v = reinterpret_cast<const float4&>(bits);
-        acc[4 * chunk] += v.x;
-        acc[4 * chunk + 1] += v.y;
-        acc[4 * chunk + 2] += v.z;
-        acc[4 * chunk + 3] += v.w;
-      }
-    }
-  }
+  ptx::NamedBarrier(2, Shape::kConsumers);        // S4
   if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
 #pragma unroll
   for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
@@ -634,8 +567,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     if (ptx::ElectOne()) {
       ptx::PrefetchTensorMap(&x_map);
       for (int i = 0; i < Shape::kStages; ++i) {
-        ptx::MbarrierInit(Shape::Full(shared, i), 1 + 32);
-        ptx::MbarrierInit(Shape::Empty(shared, i), Shape::kTeamWarps * Shape::kReleasingLanes);
+        ptx::MbarrierInit(Shape::Full(shared, i), 1);
+        ptx::MbarrierInit(Shape::Empty(shared, i), kProducerWarp * Shape::kReleasingLanes);
       }
       ptx::MbarrierInit(Shape::Received(shared), 1);
       ptx::FenceMbarrierInit();
@@ -647,11 +580,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     __syncwarp();
   }
   if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
-  // The warp that has initialised the barriers starts at once; the others wait for it.
+  // The producer starts at once; the others wait for its barriers.
   if (warp == kProducerWarp)
-    ptx::NamedBarrierArrive(1, Shape::kThreads);  // S7
-  else
-    ptx::NamedBarrier(1, Shape::kThreads);  // S7
+    ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);  // S7
+  else if (warp < kProducerWarp)
+    ptx::NamedBarrier(1, Shape::kConsumers + 32);  // S7
 
   int tile_n, tile_m;
   TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
@@ -667,35 +600,34 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 
   if (warp >= kProducerWarp) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
-    Producer<T, Shape>{x_map, p, shared, begin, end, n0, m0, scale_shift}.Run(warp - kProducerWarp);
+    if (warp == kProducerWarp)
+      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift);
     if constexpr (Shape::kSplitK > 1) {
       __syncwarp();
       ptx::ClusterWait();  // S5
     }
   } else {
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
-    const int team = warp / Shape::kTeamWarps, team_warp = warp % Shape::kTeamWarps;
     Consumer<T, Shape> consumer{
         .shared = shared,
-        .codes = shared + Shape::kCodeOffset + team_warp * kBlockBytes + lane * 16,
-        .scales = shared + Shape::kScaleOffset + (16 * team_warp + lane / 4) * 2,
+        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
+        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
         .scale_shift = scale_shift,
         .releases = lane < Shape::kReleasingLanes,
-        .slot = team,
     };
     const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
     if constexpr (Shape::kFolds) {
       if (scale_shift == 2)
-        consumer.template RunFolded<2>(team, blocks);
+        consumer.template RunFolded<2>(blocks);
       else
-        consumer.template RunFolded<1>(team, blocks);
+        consumer.template RunFolded<1>(blocks);
     } else {
       if (scale_shift == 0)
-        consumer.template Run<true>(team, blocks);
+        consumer.template Run<true>(blocks);
       else
-        consumer.template Run<false>(team, blocks);
+        consumer.template Run<false>(blocks);
     }
-    FinishTile<T, Shape>(p, consumer.acc, shared, team, rank, n0, m0);
+    FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }
 #else
   __trap();
@@ -708,13 +640,13 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_DECODE(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
-#define W4A16_WGMMA(N, M, TEAMS, STAGES, SPLIT, ...)                                           \
-  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                           \
-    if (config.tile_n == N && config.tile_m == M && config.teams == TEAMS &&                   \
-        config.stages == STAGES && config.split_k == SPLIT) {                                  \
-      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, TEAMS, STAGES, SPLIT>::Type; \
-      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};                      \
-    }                                                                                          \
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                           \
+  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                    \
+    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&          \
+        config.split_k == SPLIT) {                                                      \
+      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT>::Type; \
+      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};               \
+    }                                                                                   \
   }
 #include "configs.inc"
 #undef W4A16_DECODE

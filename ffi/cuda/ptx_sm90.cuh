@@ -210,19 +210,6 @@ __device__ inline void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// --- copies of 16 bytes by single threads ---
-
-__device__ inline void CopyAsync(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-// Arrives at `barrier` for this thread once its copies so far have landed.
-__device__ inline void CopyAsyncArrive(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ inline void CopyAsyncWaitAll() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // --- groups of threads ---
 
 // Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
