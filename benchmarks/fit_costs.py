@@ -3,8 +3,9 @@
     python -m benchmarks.fit_costs [--sweep results/h200_sweep.json] [--write]
 
 A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc
-says what these are. Each configuration is fitted alone, by least squares of the relative error with costs of
-at least 0. Prints how far the choice by the fitted costs is from the best of each cell.
+says what these are. Each configuration is fitted alone, over all rows of whatever type, by least squares of
+the relative error with costs of at least 0. Prints how far the choice by the fitted costs is from the best of
+each cell.
 """
 
 import argparse
@@ -127,14 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     """Fits, prints, and with --write rewrites configs.inc."""
     parser = argparse.ArgumentParser("benchmarks.fit_costs", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--sweep", type=Path, default=store.RESULTS / "h200_sweep.json")
-    parser.add_argument("--dtype", default="float16")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args(argv)
 
     from jax_w4a16._ffi import native
 
     configs = {config["name"]: config for config in native.configs()}
-    sweep = [row for row in json.loads(options.sweep.read_text())["rows"] if row["dtype"] == options.dtype]
+    sweep = json.loads(options.sweep.read_text())["rows"]
     costs = {}
     for name, config in configs.items():
         rows = [

@@ -16,6 +16,7 @@ DEVICE = "cuda"
 _ALIGNMENT = 256
 # A kernel may err this many times as much as dequantising to x's type and a dense product do.
 _ERROR_RATIO = 2.0
+MOST_TOKENS_COOL = 64  # products of more draw more power than reading memory does
 _TINYGEMM_ERROR_RATIO = 4.0  # it rounds each weight once more
 
 
@@ -68,6 +69,7 @@ class Layer:
         self._pack(weight_bytes(n, k, group_size, zeros))
         self._dense_copies: list[Any] | None = None
         self._tinygemm_copies: list[Any] | None = None
+        self._floor: timing.Graph | None = None
 
     def _pack(self, copy_bytes: int) -> None:
         qweight_bytes = math.ceil(self.k / 64) * math.ceil(self.n / 16) * 512
@@ -129,15 +131,17 @@ class Layer:
 
         return call
 
-    def floor_us(self) -> float:
-        """Time of streaming one packed copy from memory."""
-        sink = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
+    def floor(self) -> timing.Graph:
+        """Streams packed copies from memory and does nothing with them."""
+        if self._floor is None:
+            sink = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
 
-        def call(i: int) -> None:
-            packed = self.packed[i]
-            self.library.read_floor_cuda(packed.data_ptr(), packed.numel(), sink.data_ptr(), stream())
+            def call(i: int) -> None:
+                packed = self.packed[i]
+                self.library.read_floor_cuda(packed.data_ptr(), packed.numel(), sink.data_ptr(), stream())
 
-        return timing.time_graphs({"floor": timing.Graph(call, len(self.packed))})["floor"]
+            self._floor = timing.Graph(call, len(self.packed))
+        return self._floor
 
     def dense_copies(self) -> list[Any]:
         """`dense` and its copies."""
@@ -215,7 +219,7 @@ def _measure_cell(store: Store, layer: Layer, cell: Cell, device: native.Device,
     x = layer.activations(cell.m)
     out = torch.empty((cell.m, cell.n), dtype=layer.torch_dtype, device=DEVICE)
     check = Check(layer, x)
-    graphs = {}
+    graphs = {"floor_us": layer.floor()} if "floor_us" in columns else {}
     if "us" in columns:
         try:
             config = layer.library.select(layer.problem(cell.m), device)
@@ -247,20 +251,19 @@ def _measure_cell(store: Store, layer: Layer, cell: Cell, device: native.Device,
 def measure(
     store: Store, library: Library, todo: list[Cell], columns: list[str], out_of_time: Callable
 ) -> None:
-    """Fills the graph columns of `todo`, which lists a layer's cells one after the other."""
+    """Fills the graph columns of `todo`, which lists a layer's cells one after the other.
+
+    Large products come last: they run at the card's power limit, and lower its clocks for a while after.
+    """
     device = library.current_device()
     warm_up()
     work = [cell for cell in todo if any(store.missing(cell, column) for column in columns)]
+    work.sort(key=lambda cell: cell.m > MOST_TOKENS_COOL)
     progress = Progress(len(work), "graphs")
-    measured, floor_us = None, None
     for layer, cell in layers(library, work):
         if out_of_time():
             break
         wanted = [column for column in columns if store.missing(cell, column)]
-        if "floor_us" in wanted:
-            if layer is not measured:
-                measured, floor_us = layer, layer.floor_us()
-            store.update(cell, floor_us=floor_us)
         _measure_cell(store, layer, cell, device, wanted)
         progress.step(f"{cell.n}x{cell.k} {cell.dtype} M={cell.m}")
     store.save()

@@ -56,13 +56,14 @@ def _sweep_cell(layer: Any, cell: Cell, device: native.Device, configs: list[str
             rough_us[config] = timing.eager_us(calls[config], len(layer.packed))
     del check
     best_rough_us = min(rough_us.values(), default=math.inf)
-    us, slow_us = {}, {}
-    for config, rough in rough_us.items():
-        if hopeless(rough, best_rough_us):
-            slow_us[config] = round(rough, 1)
-        else:
-            one = {config: timing.Graph(calls[config], len(layer.packed))}
-            us[config] = round(timing.time_graphs(one)[config], 3)
+    slow_us = {
+        config: round(rough, 1) for config, rough in rough_us.items() if hopeless(rough, best_rough_us)
+    }
+    graphs = {
+        config: timing.Graph(calls[config], len(layer.packed)) for config in rough_us if config not in slow_us
+    }
+    timed = timing.time_graphs(graphs) if graphs else {}
+    us = {config: round(each, 3) for config, each in timed.items()}
     return {
         "selected": layer.library.select(problem, device),
         "best": min(us, key=us.__getitem__, default=None),
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             "dtype": cell.dtype,
             "group_size": cell.group_size,
             "zeros": cell.zeros,
-            "floor_us": round(layer.floor_us(), 3),
+            "floor_us": round(timing.time_graphs({"floor": layer.floor()})["floor"], 3),
             **_sweep_cell(layer, cell, device, configs),
         }
         left -= 1
