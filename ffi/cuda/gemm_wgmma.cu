@@ -37,11 +37,19 @@ Status EncodeX(EncodeTiled encode, const Problem& p, const void* x, int tile_m, 
   return Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(result));
 }
 
+// Sums are scaled where the line has it compiled in, groups are made of whole blocks, and results
+// need not be the same for every tile, to the bit.
+bool FoldsScales(const Config& config, const Problem& p) {
+  return config.tile_m <= kMostFoldedTokens && !p.batch_invariant &&
+         (NumGroups(p) == 1 || p.group_size % kBlockK == 0);
+}
+
 }  // namespace
 
 Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
-  const WgmmaKernel kernel = p.x_dtype == W4A16_F16 ? FindWgmmaF16(config, p.has_zeros)
-                                                    : FindWgmmaBf16(config, p.has_zeros);
+  const bool folds = FoldsScales(config, p);
+  const WgmmaKernel kernel = p.x_dtype == W4A16_F16 ? FindWgmmaF16(config, p.has_zeros, folds)
+                                                    : FindWgmmaBf16(config, p.has_zeros, folds);
   if (kernel.kernel == nullptr)
     return Status::Internal(std::string(config.name) + ": not compiled");
 

@@ -20,6 +20,10 @@
 //     scales  kTileN values for every group that the stage meets     bulk copies
 //     zeros   likewise, if kHasZeros
 //
+//   Folding (few tokens, groups of whole blocks, not batch-invariant): A is T(code - zero), each
+//   group is summed by itself and added times its scale in float32. Otherwise A is w, and one sum
+//   runs through all of K.
+//
 //   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
 //   tile's tokens each, out of the float32 sums that they send one another, added in rank order.
 //   Every element is summed and written by one thread, so its bits do not depend on timing.
@@ -28,7 +32,10 @@
 // A has been read, that is, until the wgmma before it is done. So each k16 step is dequantised
 // between two wgmmas. Small problems are bound by what comes before and after the loop: a release
 // at the cluster's scope waits for all that the thread has in flight, hence st.async; instructions
-// fetched for the first time cost more than those that unrolling saves, hence loops.
+// fetched for the first time cost more than those that unrolling saves, hence loops. With four
+// warpgroups an SM a 64 x 64 block takes 130 cycles at 32 tokens, 117 folded; at 64 tokens 160
+// either way. ptxas serialises wgmmas where sums are read after a wait in another iteration, or
+// where one kernel holds both ways: hence a drain for every group, and kernels of their own.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -42,8 +49,8 @@
 //       after the wait that retires the warp's wgmmas on the stage; what the warp itself read from
 //       the stage is in their operands. compute-sanitizer's racecheck does not follow this from
 //       lane to lane: built with W4A16_RACECHECK, every lane arrives for itself.
-//   S3  A registers: a buffer for each k16 step of a block. It is rewritten only after a wait that
-//       leaves no more than the three wgmmas since in flight.
+//   S3  A registers: a ring of buffers, one a k16 step. One is rewritten only after a wait that
+//       leaves in flight no more than the wgmmas that read the others.
 //   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
 //       consumers of the CTA have passed their last read (named barrier 2).
 //   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
@@ -76,6 +83,9 @@ struct WgmmaParams {
   bool out_is_f32;
 };
 
+// Tiles of up to so many tokens are also compiled to scale sums instead of weights.
+constexpr int kMostFoldedTokens = 32;
+
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
   void (*kernel)(CUtensorMap, WgmmaParams);
@@ -94,29 +104,34 @@ struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-template <bool kHasZeros_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
+template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
 struct WgmmaShape {
   static constexpr bool kHasZeros = kHasZeros_;
+  static constexpr bool kFolds = kFolds_;  // scales sums, not weights (Consumer)
   static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kSplitK = kSplitK_;
   static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2);
 
   static constexpr int kConsumers = 2 * kTileN;  // a warpgroup for every 64 rows
 
+  // Of a consumer thread: accumulators, A, addresses.
+  static constexpr int kRegisters = kFolds ? kTileM + 40 : kTileM / 2 + 64;
+
   // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
-  // Tiles that need more than an even share get a producer warpgroup, which gives up its registers.
-  static constexpr int kRegisters = kTileM / 2 + 64;  // accumulators, A, addresses
-  static constexpr bool kReallocate = kRegisters > 65536 / (kConsumers + 128);
+  // If consumers need more than an even share, a producer warpgroup gives up its registers.
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kLaunchRegisters = 65536 / (kConsumers + 128) / 8 * 8;
-  static constexpr int kFreeRegisters =
-      (kLaunchRegisters * (kConsumers + 128) - kProducerRegisters * 128) / kConsumers / 8 * 8;
-  static constexpr int kConsumerRegisters = kFreeRegisters < 240 ? kFreeRegisters : 240;
+  static constexpr int LaunchRegisters(int ctas) {
+    return 65536 / ctas / (kConsumers + 128) / 8 * 8;
+  }
+  static constexpr int ConsumerRegisters(int ctas) {
+    const int free = (LaunchRegisters(ctas) * (kConsumers + 128) - kProducerRegisters * 128) /
+                     kConsumers / 8 * 8;
+    return free < 240 ? free : 240;
+  }
 #if defined(W4A16_RACECHECK)
   static constexpr int kReleasingLanes = 32;
 #else
   static constexpr int kReleasingLanes = 1;
 #endif
-  static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
 
   // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
   static constexpr int kBlocks = kTileM <= 64 ? 2 : 1;
@@ -155,14 +170,33 @@ struct WgmmaShape {
   __device__ static uint32_t Received(uint32_t shared) { return Full(shared, 2 * kStages); }
 
   static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
-  static_assert(kSharedBytes <= kSharedPerSm);
   // Several CTAs of small tiles hide each other's start and end.
   static constexpr bool Fits(int ctas) {
-    const int warps_per_quarter = (ctas * kThreads / 32 + 3) / 4;
+    const int warps_per_quarter = (ctas * (kConsumers / 32 + 1) + 3) / 4;
     return ctas * (kSharedBytes + kReserved) <= kSharedPerSm + kReserved &&
-           warps_per_quarter * 32 * kRegisters <= 65536 / 4;
+           (ctas == 1 || (kFolds ? LaunchRegisters(ctas) >= kProducerRegisters &&
+                                       ConsumerRegisters(ctas) >= kRegisters
+                                 : warps_per_quarter * 32 * kRegisters <= 65536 / 4));
   }
-  static constexpr int kCtasPerSm = Fits(3) ? 3 : Fits(2) ? 2 : 1;
+  static constexpr int MostCtas(int ctas) {
+    return ctas == 0 || Fits(ctas) ? ctas : MostCtas(ctas - 1);
+  }
+  static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
+  static constexpr bool kReallocate = LaunchRegisters(kFolds ? kCtasPerSm : 1) < kRegisters;
+  static constexpr int kConsumerRegisters = ConsumerRegisters(kFolds ? kCtasPerSm : 1);
+  static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
+};
+
+// The shape of a line of configs.inc. With zeros it has a stage less if that keeps as many CTAs on
+// an SM as there are without.
+template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kStages, int kSplitK>
+struct ShapeOfLine {
+  template <bool kZeros, int kLess>
+  using Candidate = WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess, kSplitK>;
+  static constexpr int kCtas = Candidate<false, 0>::kCtasPerSm;
+  static constexpr int kLess =
+      Candidate<kHasZeros, 0>::kCtasPerSm < kCtas && Candidate<kHasZeros, 1>::kCtasPerSm == kCtas;
+  using Type = Candidate<kHasZeros, kLess>;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -255,7 +289,8 @@ struct Consumer {
   int slot = 0, previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
-  uint32_t a[4][4];  // A fragments: a buffer for each k16 step of a block
+  static constexpr int kBuffers = 2;  // of RunFolded
+  uint32_t a[4][4];                   // A fragments: a buffer for each k16 step of a block
 
   __device__ static inline T2 Splat(uint16_t bits) {
     const T value = reinterpret_cast<const T&>(bits);
@@ -279,15 +314,80 @@ struct Consumer {
     return f;
   }
 
-  // to = T((code - zero) * scale) of one k16 step.
+  // to = T((code - zero) * scale) of one k16 step; T(code - zero) unless kScale.
+  template <bool kScale>
   __device__ static inline void Dequantize(uint32_t word, const Factors& f, uint32_t (&to)[4]) {
     Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, to);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       T2 value = reinterpret_cast<const T2&>(to[i]);
       if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(f.zero[i & 1]));
-      value = __hmul2(value, Splat(f.scale[i & 1]));
+      if constexpr (kScale) value = __hmul2(value, Splat(f.scale[i & 1]));
       to[i] = reinterpret_cast<const uint32_t&>(value);
+    }
+  }
+
+  // sums (+)= x * (code - zero) over block kBlock of the current stage.
+  template <int kBlock>
+  __device__ inline void Multiply(float (&sums)[Shape::kTileM / 2], const Factors& f,
+                                  bool accumulate) {
+    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
+                                           kBlock * Shape::kCodeBytes);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
+                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      Dequantize<false>(word[step], f, a[step % kBuffers]);
+      ptx::WgmmaFence(a[step % kBuffers]);
+      ptx::Wgmma<T, Shape::kTileM>(sums, a[step % kBuffers], x + 2 * step, accumulate || step > 0);
+      ptx::WgmmaCommit();
+      ptx::WgmmaWait<kBuffers - 1>();  // S3: the next step's buffer is free
+      ptx::KeepAlive(a[(step + 1) % kBuffers]);
+    }
+  }
+
+  // acc += scale * sums, once the wgmmas are done.
+  __device__ inline void Fold(float (&sums)[Shape::kTileM / 2], const Factors& f) {
+    ptx::WgmmaWait<0>();
+    ptx::Settle(sums);
+    float scale[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      scale[r] = static_cast<float>(reinterpret_cast<const T&>(f.scale[r]));
+#pragma unroll
+    for (int i = 0; i < Shape::kTileM / 2; ++i) acc[i] = fmaf(scale[i / 2 % 2], sums[i], acc[i]);
+  }
+
+  __device__ inline void Release() {  // S2
+    if (releases) ptx::MbarrierArrive(Shape::Empty(shared, slot));
+  }
+
+  // As Run, for groups of kPartBlocks blocks or more, which begin at stages or their blocks.
+  template <int kPartBlocks>
+  __device__ inline void RunFolded(int blocks) {
+    float sums[Shape::kTileM / 2];
+    ptx::Undefined(sums);
+    int i = 0;
+    for (; i + 2 <= blocks; i += 2) {
+      Acquire();
+      Factors f = LoadFactors(0);
+      Multiply<0>(sums, f, false);
+      if constexpr (kPartBlocks == 1) {
+        Fold(sums, f);
+        f = LoadFactors(1);
+      }
+      Multiply<1>(sums, f, kPartBlocks == 2);
+      ptx::WgmmaWait<0>();
+      Release();
+      Fold(sums, f);
+      Advance();
+    }
+    if (i < blocks) {
+      Acquire();
+      const Factors f = LoadFactors(0);
+      Multiply<0>(sums, f, false);
+      Fold(sums, f);
     }
   }
 
@@ -305,7 +405,7 @@ struct Consumer {
     for (int step = 0; step < 4; ++step) {
       if (step == 0 || (step == 2 && kFineGroups))
         f = LoadFactors(kFineGroups ? 2 * kBlock + step / 2 : (2 * kBlock) >> scale_shift);
-      Dequantize(word[step], f, a[step]);
+      Dequantize<true>(word[step], f, a[step]);
       ptx::WgmmaFence(a[step]);
       ptx::Wgmma<T, Shape::kTileM>(acc, a[step], x + 2 * step);
       ptx::WgmmaCommit();
@@ -455,6 +555,7 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     GemmWgmma(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static_assert(Shape::kCtasPerSm > 0, "too much shared memory");
   extern __shared__ __align__(1024) char storage[];
   const uint32_t shared = ptx::SharedAddress(storage);
   const int lane = threadIdx.x % 32;
@@ -515,10 +616,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
         .releases = lane < Shape::kReleasingLanes,
     };
     const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
-    if (scale_shift == 0)
-      consumer.template Run<true>(blocks);
-    else
-      consumer.template Run<false>(blocks);
+    if constexpr (Shape::kFolds) {
+      if (scale_shift == 2)
+        consumer.template RunFolded<2>(blocks);
+      else
+        consumer.template RunFolded<1>(blocks);
+    } else {
+      if (scale_shift == 0)
+        consumer.template Run<true>(blocks);
+      else
+        consumer.template Run<false>(blocks);
+    }
     FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }
 #else
@@ -527,18 +635,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 }
 
 // The instantiation for `config`; kernel is nullptr if configs.inc has no such line.
-template <typename T>
-WgmmaKernel FindWgmma(const Config& config, bool has_zeros) {
+template <typename T, bool kHasZeros, bool kFolds>
+WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_DECODE(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
-#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                                  \
-  if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                   \
-      config.split_k == SPLIT) {                                                               \
-    using Plain = WgmmaShape<false, N, M, STAGES, SPLIT>;                                      \
-    using Zeros = WgmmaShape<true, N, M, STAGES, SPLIT>;                                       \
-    return has_zeros ? WgmmaKernel{GemmWgmma<T, Zeros>, Zeros::kThreads, Zeros::kSharedBytes}  \
-                     : WgmmaKernel{GemmWgmma<T, Plain>, Plain::kThreads, Plain::kSharedBytes}; \
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                           \
+  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                    \
+    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&          \
+        config.split_k == SPLIT) {                                                      \
+      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT>::Type; \
+      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};               \
+    }                                                                                   \
   }
 #include "configs.inc"
 #undef W4A16_DECODE
@@ -548,7 +656,14 @@ WgmmaKernel FindWgmma(const Config& config, bool has_zeros) {
   return {};
 }
 
-WgmmaKernel FindWgmmaF16(const Config& config, bool has_zeros);
-WgmmaKernel FindWgmmaBf16(const Config& config, bool has_zeros);
+template <typename T>
+WgmmaKernel FindWgmma(const Config& config, bool has_zeros, bool folds) {
+  if (folds)
+    return has_zeros ? FindWgmma<T, true, true>(config) : FindWgmma<T, false, true>(config);
+  return has_zeros ? FindWgmma<T, true, false>(config) : FindWgmma<T, false, false>(config);
+}
+
+WgmmaKernel FindWgmmaF16(const Config& config, bool has_zeros, bool folds);
+WgmmaKernel FindWgmmaBf16(const Config& config, bool has_zeros, bool folds);
 
 }  // namespace w4a16
