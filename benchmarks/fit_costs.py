@@ -44,7 +44,8 @@ def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
     tiles = tiles_n * tiles_m
     steps = ceil_div(ceil_div(k, BLOCK_K), config["split_k"])
     if "StreamK" in config["name"] and tiles % SMS and steps > 8:
-        return np.array([1, tiles / SMS * steps, tiles / SMS + 1])
+        share = max(0.5, tiles / SMS)
+        return np.array([1, share * steps, share + 1])
     if config["family"] == "persistent":
         waves = persistent_waves(config, n, m)
     else:

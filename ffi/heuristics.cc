@@ -23,7 +23,9 @@ double PredictedUs(const Problem& p, const Device& device, const Config& config)
   const int64_t sms = device.num_sms > 0 ? device.num_sms : 1;
   constexpr int64_t kMinStreamKSteps = 8;  // CUTLASS cuts nothing shorter
   if (config.scheduler == Scheduler::kStreamK && tiles % sms != 0 && steps > kMinStreamKSteps) {
-    const double share = static_cast<double>(tiles) / static_cast<double>(sms);
+    // The parts of a tile are added one after the other. Below half a tile each, that takes longer
+    // than the shorter parts save: 34 us, as for half tiles, where 12 tiles have 132 SMs (H200).
+    const double share = std::max(0.5, static_cast<double>(tiles) / static_cast<double>(sms));
     return config.start_us + share * static_cast<double>(steps) * config.step_ns * 1e-3 +
            (share + 1) * config.tile_us;
   }
