@@ -31,9 +31,9 @@ class W4A16Linear(nnx.Module):
     """A linear transformation of the last dimension, with 4-bit weights: y = x @ w + bias.
 
     Its state is `qweight`, `scales` and, unless symmetric, `zeros` (each a `QuantizedVariable`), shaped as in
-    `jax_w4a16.QuantizedWeight`, and `bias` (an `nnx.Param`). `permutation`, None, may be set to another
-    `QuantizedVariable`, with the weight of an act-order checkpoint. They are set at construction from a kernel drawn
-    like `nnx.Linear`'s and quantised; `from_linear` takes the kernel of a float layer.
+    `jax_w4a16.QuantizedWeight`, and `bias` (an `nnx.Param`). They are set at construction from a kernel drawn
+    like `nnx.Linear`'s and quantised; `from_linear` takes the kernel of a float layer. `permutation`, None,
+    may be set to another `QuantizedVariable` together with the weight of an act-order checkpoint.
 
     Args:
       in_features: K.
@@ -73,7 +73,7 @@ class W4A16Linear(nnx.Module):
         self.qweight = QuantizedVariable(weight.qweight)
         self.scales = QuantizedVariable(weight.scales)
         self.zeros = None if weight.zeros is None else QuantizedVariable(weight.zeros)
-        self.permutation = None
+        self.permutation = getattr(nnx, "data", lambda value: value)(None)  # a Variable may come
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
         self.in_features = in_features
         self.out_features = out_features

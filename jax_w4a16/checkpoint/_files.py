@@ -1,8 +1,8 @@
 """Safetensors files: what they hold, checked before anything is read, and slices of it.
 
-A file is 8 bytes of header size, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors end to end.
-Every message names the file, the tensor, what was expected and what was got. Nothing is executed, and nothing
-larger than the file is allocated.
+A file is 8 bytes of header size, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors end to
+end. Every message names the file, the tensor, what was expected and what was got. Nothing is executed, and
+nothing larger than the file is allocated.
 """
 
 import dataclasses

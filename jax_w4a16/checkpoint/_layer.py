@@ -162,7 +162,7 @@ def pack(codes: np.ndarray) -> np.ndarray:
     padding = (blocks_k * _layout.BLOCK_K - k, blocks_n * _layout.BLOCK_N - n)
     if any(padding):
         codes = np.pad(codes, ((0, padding[0]), (0, padding[1])))
-    pairs = codes.reshape(-1, blocks_n, 2, 8)
+    pairs = codes.reshape(blocks_k * _layout.BLOCK_K, blocks_n, 2, 8)
     pairs = pairs[:, :, 0] | pairs[:, :, 1] << 4
     pairs = pairs.reshape(blocks_k, 4, 2, 4, 2, blocks_n, 8)  # step hi pair lo . row
     pairs = np.ascontiguousarray(pairs.transpose(0, 5, 6, 3, 1, 4, 2))

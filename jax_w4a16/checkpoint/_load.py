@@ -26,21 +26,22 @@ def load(
 ) -> dict[str, QuantizedWeight | jax.Array]:
     """Loads a checkpoint, with its 4-bit layers in the packed layout.
 
-    The format of each layer is found by its tensors: compressed-tensors (pack-quantized), AWQ (gemm and gemv),
-    GPTQ (v1 and v2, with desc_act), HQQ (axis=1), torchao (Int4Tensor, plain), or what `save` wrote. Codes,
-    scales and zero points come out exactly as stored; but for torchao's zero points, see torchao.py.
+    The format of each layer is found by its tensors: compressed-tensors (pack-quantized), AWQ (gemm and
+    gemv), GPTQ (v1 and v2, with desc_act), HQQ (axis=1), torchao (Int4Tensor, plain), or what `save` wrote.
+    Codes, scales and zero points come out exactly as stored; but for torchao's zero points, see torchao.py.
 
     Args:
       path: a .safetensors file, or a folder with one, several, or an index of them, and perhaps config.json.
-      sharding: None, which is the default device; a jax Sharding; or a function of a layer's name and (K, N),
-        or another tensor's name and shape, that returns one of those. A layer's PartitionSpec is over (K, N).
-        Each device's part is read and packed alone, and nothing is gathered.
-      dtype: type of scales, zeros and other floating tensors (float16, bfloat16 or float32); default: as stored.
+      sharding: None, which is the default device; a jax Sharding; or a function of a layer's name and
+        (K, N), or another tensor's name and shape, that returns one of those. A layer's PartitionSpec is over
+        (K, N). Each device's part is read and packed alone, and nothing is gathered.
+      dtype: type of scales, zeros and other floating tensors, float16, bfloat16 or float32; default: as
+        stored.
       progress: whether a terminal shows a bar.
 
     Returns:
-      A QuantizedWeight by module path (`model.layers.0.self_attn.q_proj`) for each quantised layer, and an array
-      by its name for each other tensor. 64-bit types become 32-bit ones unless JAX has them enabled.
+      A QuantizedWeight by module path (`model.layers.0.self_attn.q_proj`) for each quantised layer, and an
+      array by its name for each other tensor. 64-bit types become 32-bit ones unless JAX has them enabled.
 
     Raises:
       FileNotFoundError: there is no such file, or none in the folder.
@@ -83,7 +84,9 @@ def open_checkpoint(path) -> _files.Checkpoint:
     try:
         import safetensors  # noqa: F401
     except ImportError as error:
-        raise ImportError("jax_w4a16.checkpoint needs safetensors: pip install jax_w4a16[checkpoint]") from error
+        raise ImportError(
+            "jax_w4a16.checkpoint needs safetensors: pip install jax_w4a16[checkpoint]"
+        ) from error
     return _files.open_checkpoint(Path(path))
 
 
@@ -144,13 +147,13 @@ def _split_layer(name: str, layer: _layer.Layer, sharding: Sharding | None) -> d
     ways_k, ways_n = _ways(sharding, k), _ways(sharding, n)
     if ways_k > 1 and "permutation" in layer.fields:
         raise ValueError(
-            f"{name}: expected no split along K, got {ways_k} ways: its rows are in activation order, so each "
-            "part would need values of x from all devices; split it along N or replicate it"
+            f"{name}: expected no split along K, got {ways_k} ways: its rows are in activation order, so "
+            "each part would need values of x from all devices; split it along N or replicate it"
         )
     if units.units_k % ways_k:
         raise ValueError(
-            f"{name}: expected K = {layer.k} to split into whole blocks of {_layout.BLOCK_K} rows and whole groups "
-            f"of {size}, got {ways_k} parts"
+            f"{name}: expected K = {layer.k} to split into whole blocks of {_layout.BLOCK_K} rows and whole "
+            f"groups of {size}, got {ways_k} parts"
         )
     if units.units_n % ways_n:
         raise ValueError(
@@ -172,7 +175,7 @@ def _split_other(name: str, tensor: _files.Tensor, sharding: Sharding | None) ->
     if sharding is not None:
         try:
             sharding.shard_shape(tensor.shape)
-        except ValueError as error:
+        except (IndexError, ValueError) as error:
             raise ValueError(
                 f"{name}: expected a sharding for shape {list(tensor.shape)}, got {sharding}: {error}"
             ) from error

@@ -26,8 +26,8 @@ def save(
     Args:
       path: a file that ends in .safetensors, which is replaced if it exists; or a folder, where several files
         with an index are written if one would exceed max_file_bytes.
-      params: QuantizedWeights (stacks too) and arrays by name, as `load` returns them. All of an array must be
-        on devices of this process.
+      params: QuantizedWeights (stacks too) and arrays by name, as `load` returns them. All of an array must
+        be on devices of this process.
       max_file_bytes: of one file of a folder, unless a single layer is larger.
 
     Raises:
@@ -48,7 +48,7 @@ def _entry(name: Any, value: Any) -> Entry:
     if not isinstance(value, QuantizedWeight):
         if not isinstance(value, jax.Array | np.ndarray) or value.dtype not in NAMES:
             got = getattr(value, "dtype", type(value).__name__)
-            raise TypeError(f"{name}: expected a QuantizedWeight or an array that safetensors has, got {got}")
+            raise TypeError(f"{name}: expected a QuantizedWeight or an array of a common type, got {got}")
         return Entry(name, {name: _item(value)})
     try:
         value.validate()
@@ -67,6 +67,7 @@ def entry_of_layer(name: str, layer: _layer.Layer) -> Entry:
     """A layer of another checkpoint, read as it is written."""
     read: Callable[[str], Callable[[], np.ndarray]] = lambda field: lambda: layer.read(field)
     items = {
-        f"{name}.{field}": Item(layer.dtypes[field], layer.shapes[field], read(field)) for field in layer.fields
+        f"{name}.{field}": Item(layer.dtypes[field], layer.shapes[field], read(field))
+        for field in layer.fields
     }
     return Entry(name, items, {"k": layer.k, "group_size": layer.group_size})

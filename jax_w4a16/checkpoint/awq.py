@@ -62,9 +62,7 @@ def _gemm(tensors: dict[str, Tensor], hint: Any, dtype: np.dtype | None) -> _lay
         codes=lambda rows, columns: _layer.part_of_words(qweight, rows, columns, ORDER),
         scales=lambda rows, columns: scales[rows, columns],
         rows_first=True,
-        zeros=None
-        if symmetric
-        else lambda rows, columns: _layer.part_of_words(qzeros, rows, columns, ORDER),
+        zeros=None if symmetric else lambda rows, columns: _layer.part_of_words(qzeros, rows, columns, ORDER),
     )
 
 

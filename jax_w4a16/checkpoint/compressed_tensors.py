@@ -1,10 +1,10 @@
 """compressed-tensors `pack-quantized`: the format of llm-compressor.
 
-    weight_packed      int32 [N, ceil(K/8)]  8 consecutive k a word, low nibble first; code = value + 8
-    weight_scale       float [N, G]
-    weight_shape       int   [2]             N, K
-    weight_zero_point  int32 [ceil(N/8), G]  asymmetric: 8 consecutive n a word; or int8 [N, G], value = code - 8
-    weight_g_idx       int32 [K]             act-order: the group of each k; -1 throughout means none
+weight_packed      int32 [N, ceil(K/8)]  8 consecutive k a word, low nibble first; code = value + 8
+weight_scale       float [N, G]
+weight_shape       int   [2]             N, K
+weight_zero_point  int32 [ceil(N/8), G]  asymmetric: 8 consecutive n a word; or int8 [N, G], value = code - 8
+weight_g_idx       int32 [K]             act-order: the group of each k; -1 throughout means none
 """
 
 from typing import Any
@@ -74,10 +74,9 @@ def _zeros(zero: Tensor | None, n: int, groups: int) -> _layer.Part | None:
 def _group_size_hint(config: Any) -> Any:
     """The group size that all groups of the configuration agree on, or None."""
     groups = config.get("config_groups")
-    weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if _is(groups) else []
-    sizes = [w.get("group_size") for w in weights if _is(w)]
-    return sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, dict)
+    sizes = set()
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        size = weights.get("group_size") if isinstance(weights, dict) else None
+        sizes.add(size if isinstance(size, int) else None)
+    return sizes.pop() if len(sizes) == 1 else None

@@ -42,8 +42,8 @@ def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.L
     if mislabelled:
         label = checkpoint.config.get("checkpoint_format", "gptq")
         warnings.warn(
-            f"{checkpoint.path}: labelled {label}, but the symmetric zero points of {len(mislabelled)} layers "
-            f"({mislabelled[0]}, ...) are the other version's; read as 8",
+            f"{checkpoint.path}: labelled {label}, but the symmetric zero points of {len(mislabelled)} "
+            f"layers ({mislabelled[0]}, ...) are the other version's; read as 8",
             stacklevel=4,
         )
     return result
@@ -114,8 +114,8 @@ def _zeros(qzeros: Tensor, n: int, checkpoint: Checkpoint) -> tuple[_layer.Part 
     """How to read zero points, None where all are 8; and whether they deny the label."""
     config = checkpoint.config
     label = config.get("checkpoint_format", "gptq")
-    if label not in _LABELS:
-        raise ValueError(f"{checkpoint.path}: checkpoint_format: expected {set(_LABELS)}, got {label!r}")
+    if not isinstance(label, str) or label not in _LABELS:
+        raise ValueError(f"{checkpoint.path}: checkpoint_format: expected {list(_LABELS)}, got {label!r}")
     v2 = _LABELS[label]
     stored = _layer.nibbles(qzeros.read())[:, :n]
     if stored.size and config.get("sym") is not False:

@@ -6,6 +6,9 @@
     zero   float [N G, 1]      in units of codes, fractional
     shape  int   [2]           N, K
 
+A byte holds codes of columns n and n + N/2, and the groups of a column lie end to end: a split along N reads
+what it needs and as much again, and one along K reads whole columns.
+
 The rest of the state (nbits, axis, group_size, packing, ...) is checked where it matters.
 """
 

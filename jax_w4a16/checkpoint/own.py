@@ -5,8 +5,8 @@
     <name>.zeros        like scales; absent where all are 8
     <name>.permutation  int32 [..., K]; absent unless the rows are in another order than the weight's
 
-The fields are those of `jax_w4a16.QuantizedWeight`; leading dimensions are those of a stack. What is no weight is
-stored under its own name. The metadata of each file say
+The fields are those of `jax_w4a16.QuantizedWeight`; leading dimensions are those of a stack. What is no
+weight is stored under its own name. The metadata of each file say
 
     format  "jax_w4a16"
     schema  "1"
@@ -80,17 +80,21 @@ def _listed(file: File) -> dict[str, Any]:
     return listed
 
 
-def _layer_of(
-    tensors: dict[str, Tensor], k: int, group_size: int, dtype: np.dtype | None
-) -> _layer.Layer:
+def _layer_of(tensors: dict[str, Tensor], k: int, group_size: int, dtype: np.dtype | None) -> _layer.Layer:
     qweight, scales = tensors["qweight"], tensors["scales"]
-    if k < 0 or not (group_size == -1 or group_size >= max(k, 1) or (group_size > 0 and group_size % 32 == 0)):
-        raise qweight.error("k of at least 0 and groups of a multiple of 32", {"k": k, "group_size": group_size})
+    if k < 0 or not (
+        group_size == -1 or group_size >= max(k, 1) or (group_size > 0 and group_size % 32 == 0)
+    ):
+        raise qweight.error(
+            "k of at least 0 and groups of a multiple of 32", {"k": k, "group_size": group_size}
+        )
     if len(scales.shape) < 2:
         raise scales.error("shape [..., G, N]", list(scales.shape))
     *lead, _, n = scales.shape
     size = max(k, 1) if group_size == -1 else group_size
-    qweight.require(("U32",), (*lead, *_layout.packed_shape(k, n)), f" for K = {k} and scales {list(scales.shape)}")
+    qweight.require(
+        ("U32",), (*lead, *_layout.packed_shape(k, n)), f" for K = {k} and scales {list(scales.shape)}"
+    )
     scales.require(_FLOATS, (*lead, _layout.num_groups(k, size), n), f" for K = {k} and groups of {size}")
     if "zeros" in tensors:
         tensors["zeros"].require((NAMES[scales.dtype],), scales.shape, " like scales")
@@ -98,7 +102,9 @@ def _layer_of(
         rows = tensors["permutation"].require(("I32",), (*lead, k)).read()
         if (np.sort(rows, axis=-1) != np.arange(k)).any():
             raise tensors["permutation"].error(f"each of 0..{k - 1} once", "another order")
-    types = {field: dtype if dtype and field in ("scales", "zeros") else t.dtype for field, t in tensors.items()}
+    types = {
+        field: dtype if dtype and field in ("scales", "zeros") else t.dtype for field, t in tensors.items()
+    }
 
     def reader(field: str):
         tensor = tensors[field]

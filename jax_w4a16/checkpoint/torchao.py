@@ -6,9 +6,9 @@
 
 The file's metadata may describe `<module>.weight`; then it must be an Int4Tensor.
 
-In units of codes the zero is 8 - zero_point / scale, a fraction, which is rounded to the type of the result: an
-error of at most 2^-5 of a scale in bfloat16 and 2^-8 in float16 while it lies in 0..16. With dtype=float32 it is exact to float32. A group
-whose zero_point is 0 is exact in any type.
+In units of codes the zero is 8 - zero_point / scale, a fraction, which is rounded to the type of the result:
+an error of at most 2^-5 of a scale in bfloat16 and 2^-8 in float16 while it lies in 0..16, and of float32's
+rounding with dtype=float32. Where that is a whole number, as where zero_point is 0, nothing is lost.
 """
 
 import json
@@ -79,7 +79,9 @@ def _layer_of(tensors: dict[str, Tensor], dtype: np.dtype | None) -> _layer.Laye
     def zeros(rows: slice, columns: slice) -> np.ndarray:
         step, shift = scale[rows, columns].astype(np.float32), zero[rows, columns].astype(np.float32)
         if ((step == 0) & (shift != 0)).any():
-            raise scale.error("no scale of 0 beside a zero_point", "one, which no zero in units of codes gives")
+            raise scale.error(
+                "no scale of 0 beside a zero_point", "one, which no zero in units of codes gives"
+            )
         return 8 - shift / np.where(step == 0, np.float32(1), step)
 
     return _layer.make(
