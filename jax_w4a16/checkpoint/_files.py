@@ -279,6 +279,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
     if not sizes(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
         raise refuse("data_offsets", "two sizes")
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if 0 in shape and max(shape) >= 2**31:
+        raise refuse("shape", "sizes below 2^31 where one is 0")
     first, last = entry["data_offsets"]
     wanted = dtype.itemsize * math.prod(shape)
     if last - first != wanted:

@@ -191,7 +191,7 @@ def members(
     """For each module with a tensor named `leaf`: the module's path and its tensors, by last name.
 
     Raises:
-      ValueError: one of `required` is missing.
+      ValueError: one of `required` is missing, or a tensor is empty.
     """
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
@@ -201,8 +201,11 @@ def members(
         for other in required:
             if at(other) not in tensors:
                 raise ValueError(f"{tensor.file.path}: {at(other)}: expected it beside {name}, got none")
-        names = (leaf, *required, *optional)
-        yield prefix, {other: tensors[at(other)] for other in names if at(other) in tensors}
+        found = {other: tensors[at(other)] for other in (leaf, *required, *optional) if at(other) in tensors}
+        for tensor in found.values():
+            if 0 in tensor.shape:
+                raise tensor.error("a tensor that is not empty", list(tensor.shape))
+        yield prefix, found
 
 
 def group_size_of(scales: Tensor, k: int, groups: int, hint: Any) -> int:

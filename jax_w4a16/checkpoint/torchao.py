@@ -64,6 +64,8 @@ def _require_plain(qdata: Tensor, name: str, checkpoint: Checkpoint) -> None:
 
 def _layer_of(tensors: dict[str, Tensor], dtype: np.dtype | None) -> _layer.Layer:
     qdata = tensors["qdata"].require(("I8", "U8"), (None, None))
+    if 0 in qdata.shape:
+        raise qdata.error("a tensor that is not empty", list(qdata.shape))
     n, k = qdata.shape[0], 2 * qdata.shape[1]
     scale = tensors["scale"].require(_FLOATS, (None, n))
     groups = scale.shape[0]

@@ -8,8 +8,8 @@ the producer's own dequantiser gives.
 
 needs torch (CPU), safetensors, transformers, numpy, torchao 0.18.0 and compressed-tensors 0.20.0 installed,
 and in FOLDER the unpacked sources of autoawq 0.2.9, gptqmodel 7.7.0, hqq 0.2.8.post1 and compressed_tensors
-0.9.4 (the last with activation order). Those import much that packing on a CPU does not need: what is not installed
-is replaced by a mock. torchao packs with a CUDA package, whose order (low nibble = even k) is written out.
+0.9.4 (the last with activation order). Those import much that packing on a CPU does not need: what is not
+installed is replaced by a mock. torchao packs with a CUDA package, whose order (low nibble = even k) is here.
 """
 
 import importlib
