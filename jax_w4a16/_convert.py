@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_w4a16 import _checks, _layout, _progress
 from jax_w4a16._quantize import quantize
-from jax_w4a16.checkpoint import _files, _layer, _load, _save
+from jax_w4a16.checkpoint import _files, _header, _layer, _load, _save
 from jax_w4a16.checkpoint._write import Entry, Item, write
 
 _QUANTIZABLE = ("F16", "BF16", "F32")
@@ -38,7 +38,7 @@ class Quantized:
 
     def items(self, name: str) -> dict[str, Item]:
         """The tensors that are written for it."""
-        dtype = self.tensor.dtype if self.tensor.dtype.itemsize == 2 else _files.DTYPES["BF16"]
+        dtype = self.tensor.dtype if self.tensor.dtype.itemsize == 2 else _header.DTYPES["BF16"]
         scales = Item(dtype, (_layout.num_groups(self.k, self.size), self.n), self._reader("scales"))
         qweight = Item(np.dtype(np.uint32), _layout.packed_shape(self.k, self.n), self._reader("qweight"))
         return {f"{name}.qweight": qweight, f"{name}.scales": scales}
@@ -92,7 +92,12 @@ def convert(
         else:
             entries.append(Entry(name, {name: Item(tensor.dtype, tensor.shape, tensor.read)}))
     with _progress.Progress(len(entries)) as bar:
-        write(target, entries, _save.MAX_FILE_BYTES, bar.step)
+
+        def step(name: str) -> None:
+            checkpoint.close()
+            bar.step(name)
+
+        write(target, entries, _save.MAX_FILE_BYTES, step)
     if checkpoint.path.is_dir() and target.is_dir():
         _copy_the_rest(checkpoint.path, target)
 
@@ -115,7 +120,7 @@ def convert(
 
 def _is_weight(name: str, tensor: _files.Tensor) -> bool:
     matrix = len(tensor.shape) == 2 and min(tensor.shape) > 0
-    return name.endswith(".weight") and matrix and _files.NAMES[tensor.dtype] in _QUANTIZABLE
+    return name.endswith(".weight") and matrix and _header.NAMES[tensor.dtype] in _QUANTIZABLE
 
 
 def _bytes(checkpoint, layers, quantized, entries) -> tuple[dict[str, int], dict[str, int]]:
@@ -134,7 +139,7 @@ def _copy_the_rest(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
     config = target / "config.json"
     if config.is_file():
-        content = _files.read_json(config)
+        content = _header.read_json(config)
         kept = {k: v for k, v in content.items() if k not in ("quantization_config", "compression_config")}
         config.write_text(json.dumps(kept, indent=2) + "\n")
 
@@ -149,7 +154,7 @@ def inspect(path: Path) -> int:
     layers, others = _load.find(checkpoint)
     lines = [(name, *_describe(layer)) for name, layer in layers.items()]
     lines += [
-        (name, list(tensor.shape), _files.NAMES[tensor.dtype], _size(tensor), "")
+        (name, list(tensor.shape), _header.NAMES[tensor.dtype], _size(tensor), "")
         for name, tensor in others.items()
     ]
     width = max([len(line[0]) for line in lines], default=0)

@@ -13,11 +13,11 @@ from test_checkpoint_formats import CASES, GOLDEN, expected_of
 
 import jax_w4a16
 from jax_w4a16 import checkpoint
-from jax_w4a16.checkpoint import _files
+from jax_w4a16.checkpoint import _files, _header
 
 COUNT = 1200
 KINDS = ("truncate", "extend", "flip", "header byte", "field", "drop", "rename", "index", "config")
-DTYPES = (*_files.DTYPES, "F4", "", None, 3)
+DTYPES = (*_header.DTYPES, "F4", "", None, 3)
 SIZES = (0, 1, -1, 2, 7, 31, 2**31, 2**62, 2**63, 10**30, 1.5, "8", None, True)
 
 

@@ -1,44 +1,20 @@
-"""Safetensors files: what they hold, checked before anything is read, and slices of it.
+"""The files of a checkpoint: its tensors by name, all checked before anything is read, and slices of them.
 
-A file is 8 bytes of header size, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors end to
-end. Every message names the file, the tensor, what was expected and what was got. Nothing is executed, and
-nothing larger than the file is allocated.
+Every message names the file, the tensor, what was expected and what was got.
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-INDEX = "model.safetensors.index.json"
-MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
-MOST_JSON_BYTES = 100_000_000
-_BYTES_OPEN = 64 << 20  # a mapping is given up after so many bytes, so that its pages do not add up
+from jax_w4a16.checkpoint._header import DTYPES, NAMES, read_header, read_json
 
-DTYPES = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "C64": np.dtype("<c8"),
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+_BYTES_OPEN = 32 << 20  # a mapping is given up before it spans more, so that its pages do not add up
 
 
 class File:
@@ -46,7 +22,7 @@ class File:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, self.entries = _header(path)
+        self.metadata, self.entries = read_header(path)
         self._handle: Any = None
         self._bytes = 0
 
@@ -59,10 +35,11 @@ class File:
         extent = tuple(max(s.stop - s.start, 0) for s in index)
         if 0 in extent:
             return np.empty(extent, dtype)
-        size = dtype.itemsize * math.prod(extent)
-        if size > _BYTES_OPEN and extent[0] > 1:
+        row = dtype.itemsize * math.prod(shape[1:])
+        span = row * extent[0] if extent else row  # what the part spans, though it may be narrower
+        if span > _BYTES_OPEN and extent[0] > 1:
             out = np.empty(extent, dtype)
-            step = max(extent[0] * _BYTES_OPEN // size, 1)
+            step = max(_BYTES_OPEN // row, 1)
             for first in range(index[0].start, index[0].stop, step):
                 last = min(first + step, index[0].stop)
                 out[first - index[0].start : last - index[0].start] = self.read(
@@ -74,13 +51,17 @@ class File:
         try:
             if self._handle is None:
                 self._handle, self._bytes = safe_open(self.path, framework="numpy"), 0
-            self._bytes += size
+            self._bytes += span
             part = self._handle.get_slice(name)[index] if index else self._handle.get_tensor(name)
         except SafetensorError as error:  # the file has changed since it was checked
             raise ValueError(f"{self.path}: {name}: {error}") from error
         if self._bytes >= _BYTES_OPEN // 2:
-            self._handle = None
+            self.close()
         return part
+
+    def close(self) -> None:
+        """Gives up the mapping; the next read makes another."""
+        self._handle = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +100,15 @@ class Checkpoint:
     """A file or a folder of them: its tensors by name, and the configuration that lies beside."""
 
     path: Path
+    files: tuple[File, ...]
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
 
-    def files(self) -> Iterator[File]:
-        """Each file once."""
-        yield from {id(tensor.file): tensor.file for tensor in self.tensors.values()}.values()
+    def close(self) -> None:
+        """Closes all files, whose pages would else count as this process's; they can still be read."""
+        for file in self.files:
+            file.close()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -155,7 +138,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file in files:
         metadata |= file.metadata
-    return Checkpoint(path, tensors, metadata, _config(path if path.is_dir() else path.parent))
+    return Checkpoint(path, tuple(files), tensors, metadata, _config(path if path.is_dir() else path.parent))
 
 
 def _tensor(file: File, name: str) -> Tensor:
@@ -187,34 +170,6 @@ def _stays_inside(file: str) -> bool:
     return pure.suffix == ".safetensors" and not outside and "\0" not in file
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded size.
-
-    Raises:
-      ValueError: it is anything else.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MOST_JSON_BYTES:
-            raise ValueError(f"expected at most {MOST_JSON_BYTES} bytes, got {size}")
-        return _object(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object: {error}") from error
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return result
-
-    value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    if not isinstance(value, dict):
-        raise ValueError(f"got {type(value).__name__}")
-    return value
-
-
 def _config(folder: Path) -> dict[str, Any]:
     """What the checkpoint says of its quantisation: a hint, for the tensors decide."""
     for name in ("config.json", "quantize_config.json", "quant_config.json"):
@@ -225,64 +180,3 @@ def _config(folder: Path) -> dict[str, Any]:
             if isinstance(config, dict) and config:
                 return config
     return {}
-
-
-def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[np.dtype, tuple[int, ...], int]]]:
-    """Metadata, and for each tensor its type, shape and offset in the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a safetensors file, got none")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        most = min(size - 8, MOST_HEADER_BYTES)
-        if length > most:
-            raise ValueError(f"{path}: header: expected at most {most} bytes, got {length} (truncated?)")
-        try:
-            header = _object(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: header: expected a JSON object: {error}") from error
-    metadata = header.pop("__metadata__", {})
-    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if not texts:
-        raise ValueError(f"{path}: __metadata__: expected texts by name, got {str(metadata)[:80]}")
-    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
-    end = 0
-    for name, (_, _, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if first != end:
-            kind = "an overlap" if first < end else "a hole"
-            raise ValueError(f"{path}: {name}: expected data from byte {end}, got {first}: {kind}")
-        end = last
-    if end != size - 8 - length:
-        raise ValueError(
-            f"{path}: expected {end} bytes of tensors, as the header says, got {size - 8 - length}: "
-            f"{'truncated' if end > size - 8 - length else 'something follows them'}"
-        )
-    return metadata, {
-        name: (dtype, shape, 8 + length + first) for name, (dtype, shape, first, _) in entries.items()
-    }
-
-
-def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    def refuse(field: str, expected: str) -> ValueError:
-        got = entry.get(field) if isinstance(entry, dict) else entry
-        return ValueError(f"{path}: {name}: {field}: expected {expected}, got {str(got)[:80]}")
-
-    def sizes(value: Any) -> bool:
-        return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
-
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise refuse("entry", "dtype, shape and data_offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise refuse("dtype", f"one of {', '.join(DTYPES)}")
-    if not sizes(entry["shape"]) or len(entry["shape"]) > 16:
-        raise refuse("shape", "at most 16 sizes of at least 0")
-    if not sizes(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
-        raise refuse("data_offsets", "two sizes")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if 0 in shape and max(shape) >= 2**31:
-        raise refuse("shape", "sizes below 2^31 where one is 0")
-    first, last = entry["data_offsets"]
-    wanted = dtype.itemsize * math.prod(shape)
-    if last - first != wanted:
-        raise refuse("data_offsets", f"{wanted} bytes for {entry['dtype']} {list(shape)}")
-    return dtype, shape, first, last

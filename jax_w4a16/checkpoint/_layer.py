@@ -11,7 +11,7 @@ import numpy as np
 from jax_w4a16 import _layout
 from jax_w4a16.checkpoint._files import Tensor
 
-_CODES_AT_ONCE = 16 << 20
+_CODES_AT_ONCE = 4 << 20
 
 Part = Callable[[slice, slice], np.ndarray]
 

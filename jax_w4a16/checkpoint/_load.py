@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_w4a16 import _checks, _layout, _progress, _sharding
 from jax_w4a16._types import QuantizedWeight
-from jax_w4a16.checkpoint import _files, _layer, awq, compressed_tensors, gptq, hqq, own, torchao
+from jax_w4a16.checkpoint import _files, _header, _layer, awq, compressed_tensors, gptq, hqq, own, torchao
 
 FOREIGN = (compressed_tensors, awq, gptq, hqq, torchao)
 
@@ -76,6 +76,7 @@ def load(
                 result[name] = QuantizedWeight(**arrays, group_size=source.group_size, k=source.k)
             else:
                 result[name] = _place(source.shape, splits[""], _reader(source, dtype))
+            checkpoint.close()
     return result
 
 
@@ -184,7 +185,7 @@ def _split_other(name: str, tensor: _files.Tensor, sharding: Sharding | None) ->
 
 def _reader(tensor: _files.Tensor, dtype: np.dtype | None) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """Reads a tensor that is no weight, in the type that it is to have."""
-    floating = _files.NAMES[tensor.dtype] in ("F16", "BF16", "F32", "F64")
+    floating = _header.NAMES[tensor.dtype] in ("F16", "BF16", "F32", "F64")
     if dtype is None or not floating:
         dtype = np.dtype(jax.dtypes.canonicalize_dtype(tensor.dtype))
     return lambda index: _layer.cast(tensor, "values", tensor[index], dtype)

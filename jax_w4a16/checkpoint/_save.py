@@ -10,7 +10,7 @@ import numpy as np
 from jax_w4a16 import _checks
 from jax_w4a16._types import QuantizedWeight
 from jax_w4a16.checkpoint import _layer, own
-from jax_w4a16.checkpoint._files import NAMES
+from jax_w4a16.checkpoint._header import NAMES
 from jax_w4a16.checkpoint._write import Entry, Item, write
 
 MAX_FILE_BYTES = 5_000_000_000

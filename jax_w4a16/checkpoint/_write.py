@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from jax_w4a16.checkpoint import own
-from jax_w4a16.checkpoint._files import INDEX, NAMES
+from jax_w4a16.checkpoint._files import INDEX
+from jax_w4a16.checkpoint._header import NAMES
 
 
 @dataclasses.dataclass(frozen=True)

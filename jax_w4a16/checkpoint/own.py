@@ -23,7 +23,8 @@ import numpy as np
 
 from jax_w4a16 import _layout
 from jax_w4a16.checkpoint import _layer
-from jax_w4a16.checkpoint._files import NAMES, Checkpoint, File, Tensor
+from jax_w4a16.checkpoint._files import Checkpoint, File, Tensor
+from jax_w4a16.checkpoint._header import NAMES
 
 NAME = "jax_w4a16"
 SCHEMA = "1"
@@ -48,7 +49,7 @@ def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.L
       ValueError: a tensor is missing, or not as described above.
     """
     result = {}
-    for file in filter(is_own, checkpoint.files()):
+    for file in filter(is_own, checkpoint.files):
         if file.metadata.get("schema") != SCHEMA:
             got = file.metadata.get("schema")
             raise ValueError(f"{file.path}: schema: expected {SCHEMA!r}, got {got!r}")
