@@ -104,9 +104,9 @@ class QuantizedWeight:
             one(self.qweight), one(self.scales), one(self.zeros), self.in_features, self.group_size
         )
         _checks.permutation(one(self.permutation), self.in_features)
-        if isinstance(self.permutation, np.ndarray | jax.Array) and not isinstance(
-            self.permutation, core.Tracer
-        ):
+        known = isinstance(self.permutation, np.ndarray | jax.Array)
+        known = known and not isinstance(self.permutation, core.Tracer)
+        if known and getattr(self.permutation, "is_fully_addressable", True):
             rows = np.sort(self.permutation, axis=-1)
             if (rows != np.arange(self.in_features)).any():
                 raise ValueError(f"permutation: expected each of 0..{self.in_features - 1} once")
