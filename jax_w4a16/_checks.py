@@ -101,6 +101,13 @@ def packed(qweight: Any) -> None:
     rank("qweight", qweight, 3)
 
 
+def permutation(value: Any, k: int) -> None:
+    """Type and shape of the order of a weight's rows, or None."""
+    if value is not None:
+        dtype("permutation", array("permutation", value), jnp.int32)
+        shape("permutation", value, (k,), f" for K = {k}")
+
+
 def weight(qweight: Any, scales: Any, zeros: Any, k: int, size: Any) -> int:
     """Checks the arrays of one weight with k rows; returns its group size, K where it is per column."""
     packed(qweight)

@@ -70,6 +70,8 @@ def dot(
     if isinstance(qw, QuantizedWeight) and k != qw.in_features:
         raise ValueError(f"x: expected shape [..., K = {qw.in_features}], got {tuple(x.shape)}")
     size = _checks.weight(qweight, scales, zeros, k, group_size)
+    permutation = qw.permutation if isinstance(qw, QuantizedWeight) else None
+    _checks.permutation(permutation, k)
     n = scales.shape[1]
     if bias is not None:
         _checks.shape("bias", _checks.array("bias", bias), (n,), f" for N = {n}")
@@ -92,11 +94,13 @@ def dot(
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: expected True or False, got {batch_invariant!r}")
     params = (size, _checks.real("alpha", alpha), out_dtype, batch_invariant, implementation)
-    return _dot(x, qweight, scales, zeros, bias, params)
+    return _dot(x, qweight, scales, zeros, bias, permutation, params)
 
 
-@functools.partial(jax.jit, static_argnums=5, inline=True)
-def _dot(x, qweight, scales, zeros, bias, params):
+@functools.partial(jax.jit, static_argnums=6, inline=True)
+def _dot(x, qweight, scales, zeros, bias, permutation, params):
+    if permutation is not None:
+        x = x[..., permutation]
     group_size, alpha, out_dtype, batch_invariant, implementation = params
     return _primitive.dot(
         x,

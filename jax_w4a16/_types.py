@@ -4,6 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
 
 from jax_w4a16 import _checks, _layout
 
@@ -19,6 +22,9 @@ class QuantizedWeight:
     - `qweight` is uint32 [ceil(K/64), ceil(N/16), 128], packed by `pack`; padding may hold any code.
     - `scales` is [ceil(K/g), N], float16, bfloat16 or float32; N is not padded.
     - `zeros` is None, which means 8 everywhere, or of the shape and type of `scales`, in units of codes.
+    - `permutation` is None, or int32 [K], each of 0..K-1 once: row j of the arrays above is row
+      permutation[j] of the weight (act-order checkpoints). `dot` and `dequantize` apply it; such a weight
+      cannot be split along K.
     - `group_size` g is a multiple of 32, or -1 or at least K: one group per column.
     - `k` is K, and 1 + (K-1)//64 blocks of rows are there, or fewer in a shard of the weight.
 
@@ -29,6 +35,7 @@ class QuantizedWeight:
     qweight: Any
     scales: Any
     zeros: Any = None
+    permutation: Any = None
     group_size: int = dataclasses.field(default=128, metadata={"static": True}, kw_only=True)
     k: int = dataclasses.field(default=0, metadata={"static": True}, kw_only=True)
 
@@ -55,14 +62,14 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        arrays = (self.qweight, self.scales, self.zeros)
+        arrays = (self.qweight, self.scales, self.zeros, self.permutation)
         return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
 
     def dequantize(self, dtype=None) -> jax.Array:
         """The weight [K, N] in `dtype` (float16, bfloat16 or float32; default: the scales')."""
         from jax_w4a16 import _quantize
 
-        return _quantize.dequantize(
+        w = _quantize.dequantize(
             self.qweight,
             self.scales,
             self.zeros,
@@ -70,6 +77,7 @@ class QuantizedWeight:
             group_size=self.group_size,
             in_features=self.in_features,
         )
+        return w if self.permutation is None else w[jnp.argsort(self.permutation)]
 
     def validate(self) -> "QuantizedWeight":
         """Raises TypeError or ValueError, naming the field, unless the invariants hold; returns self."""
@@ -83,8 +91,9 @@ class QuantizedWeight:
                 f"qweight: expected at least 3 dimensions, got shape {tuple(self.qweight.shape)}"
             )
         one = lambda a: a if a is None else jax.ShapeDtypeStruct(a.shape[len(lead) :], a.dtype)
-        for name, value in (("scales", self.scales), ("zeros", self.zeros)):
-            if value is None and name == "zeros":
+        for name in ("scales", "zeros", "permutation"):
+            value = getattr(self, name)
+            if value is None and name != "scales":
                 continue
             shape = tuple(_checks.array(name, value).shape)
             if shape[: len(lead)] != lead:
@@ -94,4 +103,11 @@ class QuantizedWeight:
         _checks.weight(
             one(self.qweight), one(self.scales), one(self.zeros), self.in_features, self.group_size
         )
+        _checks.permutation(one(self.permutation), self.in_features)
+        known = isinstance(self.permutation, np.ndarray | jax.Array)
+        known = known and not isinstance(self.permutation, core.Tracer)
+        if known and getattr(self.permutation, "is_fully_addressable", True):
+            rows = np.sort(self.permutation, axis=-1)
+            if (rows != np.arange(self.in_features)).any():
+                raise ValueError(f"permutation: expected each of 0..{self.in_features - 1} once")
         return self

@@ -1,7 +1,8 @@
-"""The command line: python -m jax_w4a16 {demo,info,tune,verify}."""
+"""The command line: python -m jax_w4a16 {convert,demo,info,inspect,tune,verify}."""
 
 import argparse
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from jax_w4a16 import _autotune, _config, _ffi, _verify, demo
+from jax_w4a16 import _autotune, _config, _convert, _ffi, _verify, demo
 
 
 def _installed(package: str) -> str:
@@ -69,6 +70,14 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
+    return text
+
+
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     shapes = [_sizes(shape.replace("x", ",")) for shape in text.split(",")]
     if any(len(shape) != 2 for shape in shapes):
@@ -97,6 +106,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    text = "write a 4-bit checkpoint of another format, or a float one, in our own"
+    command = commands.add_parser("convert", help=text, description=text.capitalize() + ".")
+    command.add_argument("source", type=Path, metavar="IN", help="a .safetensors file, or a folder of them")
+    command.add_argument("target", type=Path, metavar="OUT", help="a .safetensors file, or a folder")
+    command.add_argument("--quantize", action="store_true", help="quantise float weights, to nearest")
+    command.add_argument("--group-size", type=int, default=128, help="-1: per column (default: 128)")
+    command.add_argument(
+        "--include", type=_regex, metavar="REGEX", help="quantise only weights whose name matches"
+    )
+    command.add_argument(
+        "--exclude",
+        type=_regex,
+        metavar="REGEX",
+        help=f"but those that match (default: {_convert.DEFAULT_EXCLUDE})",
+    )
+
     text = "embed sentences with MiniLM in 4 bits, and compare with float32"
     command = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
     command.add_argument(
@@ -107,6 +132,10 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "show versions, devices, and the kernels that this machine can run"
     commands.add_parser("info", help=text, description=text.capitalize() + ".")
+
+    text = "show what a checkpoint holds"
+    command = commands.add_parser("inspect", help=text, description=text.capitalize() + ".")
+    command.add_argument("path", type=Path, metavar="PATH", help="a .safetensors file, or a folder of them")
 
     text = "time every configuration on this GPU, and store the fastest for later runs"
     command = commands.add_parser("tune", help=text, description=text.capitalize() + ".")
@@ -147,9 +176,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _info()
         if arguments.command == "verify":
             return _verify.main(arguments.kernel, arguments.case)
+        if arguments.command == "convert":
+            return _convert.convert(
+                arguments.source,
+                arguments.target,
+                quantize=arguments.quantize,
+                group_size=arguments.group_size,
+                include=arguments.include,
+                exclude=arguments.exclude,
+            )
+        if arguments.command == "inspect":
+            return _convert.inspect(arguments.path)
         if arguments.command == "tune":
             return _tune(arguments)
         return demo.main(arguments.model)
-    except (FileNotFoundError, ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

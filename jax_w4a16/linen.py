@@ -23,7 +23,8 @@ class W4A16Dense(nn.Module):
     """A linear transformation of the last dimension, with 4-bit weights: y = x @ w + bias.
 
     Its variables are `params/bias` [N] and `quantized/kernel`, a dict of `qweight`, `scales` and, unless
-    symmetric, `zeros`, shaped as in `jax_w4a16.QuantizedWeight`. `init` draws a kernel like `nn.Dense` and
+    symmetric, `zeros`, shaped as in `jax_w4a16.QuantizedWeight`; a `permutation` beside them is applied too.
+    `init` draws a kernel like `nn.Dense` and
     quantises it; `quantize_dense` converts the parameters of a trained `nn.Dense`.
 
     Attributes:
@@ -79,6 +80,7 @@ class W4A16Dense(nn.Module):
             stored["qweight"],
             convert(stored["scales"]),
             convert(stored.get("zeros")),
+            stored.get("permutation"),
             group_size=self.group_size,
             k=in_features,
         )

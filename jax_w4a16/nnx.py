@@ -32,7 +32,8 @@ class W4A16Linear(nnx.Module):
 
     Its state is `qweight`, `scales` and, unless symmetric, `zeros` (each a `QuantizedVariable`), shaped as in
     `jax_w4a16.QuantizedWeight`, and `bias` (an `nnx.Param`). They are set at construction from a kernel drawn
-    like `nnx.Linear`'s and quantised; `from_linear` takes the kernel of a float layer.
+    like `nnx.Linear`'s and quantised; `from_linear` takes the kernel of a float layer. `permutation`, None,
+    may be set to another `QuantizedVariable` together with the weight of an act-order checkpoint.
 
     Args:
       in_features: K.
@@ -72,6 +73,7 @@ class W4A16Linear(nnx.Module):
         self.qweight = QuantizedVariable(weight.qweight)
         self.scales = QuantizedVariable(weight.scales)
         self.zeros = None if weight.zeros is None else QuantizedVariable(weight.zeros)
+        self.permutation = getattr(nnx, "data", lambda value: value)(None)  # a Variable may come
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
         self.in_features = in_features
         self.out_features = out_features
@@ -129,9 +131,9 @@ class W4A16Linear(nnx.Module):
     @property
     def weight(self) -> QuantizedWeight:
         """The weight, of logical shape [K, N]."""
-        zeros = None if self.zeros is None else self.zeros[...]
+        optional = (None if a is None else a[...] for a in (self.zeros, self.permutation))
         return QuantizedWeight(
-            self.qweight[...], self.scales[...], zeros, group_size=self.group_size, k=self.in_features
+            self.qweight[...], self.scales[...], *optional, group_size=self.group_size, k=self.in_features
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

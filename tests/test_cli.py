@@ -18,7 +18,7 @@ def test_help_names_every_command():
         check=True,
     )
     assert not ran.stderr
-    for command in ("demo", "info", "tune", "verify"):
+    for command in ("convert", "demo", "info", "inspect", "tune", "verify"):
         assert f"\n    {command} " in ran.stdout
 
 

@@ -1,0 +1,314 @@
+"""Readers against the producers' own dequantisers, on files of the producers' own packages (golden/)."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_w4a16
+from jax_w4a16 import checkpoint
+from jax_w4a16.checkpoint import _files, _layer, _load
+
+GOLDEN = Path(__file__).parent / "golden"
+K, GROUP = 96, 32
+NAME = "a.proj"
+
+# what each case must come out as: format, type, zeros stored, permuted
+CASES = {
+    "ct_symmetric": ("compressed-tensors", "bfloat16", False, False),
+    "ct_asymmetric": ("compressed-tensors", "bfloat16", True, False),
+    "ct_channel": ("compressed-tensors", "bfloat16", False, False),
+    "ct_act_order": ("compressed-tensors", "float16", True, True),
+    "awq_gemm": ("AWQ gemm", "float16", True, False),
+    "awq_gemv": ("AWQ gemv", "float16", True, False),
+    "gptq_v1": ("GPTQ", "float16", True, False),
+    "gptq_v1_symmetric": ("GPTQ", "float16", False, False),
+    "gptq_v2": ("GPTQ", "float16", True, False),
+    "gptq_desc_act": ("GPTQ", "float16", True, True),
+    "gptq_v1_label_v2_zeros": ("GPTQ", "float16", False, False),
+    "hqq": ("HQQ", "float16", True, False),
+    "torchao_exact": ("torchao", "bfloat16", True, False),
+    "torchao_symmetric": ("torchao", "bfloat16", False, False),
+}
+
+
+def folder_of(case: str, tmp_path: Path, **changes) -> Path:
+    """A checkpoint folder of a case, with entries of its quantization_config changed or, if None, dropped."""
+    folder = tmp_path / case
+    folder.mkdir()
+    shutil.copy(GOLDEN / f"{case}.safetensors", folder / "model.safetensors")
+    config = GOLDEN / f"{case}.json"
+    if config.exists():
+        quantization = json.loads(config.read_text()) | changes
+        quantization = {name: value for name, value in quantization.items() if value is not None}
+        if quantization:
+            (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return folder
+
+
+def expected_of(case: str) -> np.ndarray:
+    values = np.load(GOLDEN / f"{case}.expected.npy")
+    return values.view(ml_dtypes.bfloat16) if values.dtype == np.int16 else values
+
+
+def warns(case: str):
+    if case != "gptq_v1_label_v2_zeros":
+        return contextlib.nullcontext()
+    return pytest.warns(UserWarning, match="labelled gptq, but the symmetric zero points of 1 layers .a.proj")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_producers_dequantiser(case, tmp_path):
+    """Bit for bit, through the packed layout and its CPU kernel."""
+    form, dtype, zeros, permuted = CASES[case]
+    with warns(case):
+        folder = folder_of(case, tmp_path)
+        layers, _ = _load.find(_load.open_checkpoint(folder))
+    assert layers[NAME].format == form
+    with warns(case):
+        params = checkpoint.load(folder)
+    qw = params.pop(NAME).validate()
+    assert (qw.dtype, qw.zeros is not None, qw.permutation is not None) == (dtype, zeros, permuted)
+    assert qw.group_size == (-1 if case == "ct_channel" else GROUP)
+    want = expected_of(case)
+    np.testing.assert_array_equal(np.asarray(qw.dequantize(want.dtype)), want)
+    if f"{NAME}.bias" in params:
+        np.testing.assert_array_equal(params.pop(f"{NAME}.bias"), np.arange(want.shape[1]))
+    assert not params
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dot_applies_the_order(case, tmp_path):
+    """One-hot rows of x give the rows of the weight, in the checkpoint's order."""
+    with warns(case):
+        qw = checkpoint.load(folder_of(case, tmp_path))[NAME]
+    out = jax.jit(jax_w4a16.dot)(jnp.eye(K, dtype=qw.dtype), qw)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(qw.dequantize()))
+
+
+def test_torchao_zero_points_are_fractions(tmp_path):
+    """Exact to float32's rounding in float32; to a 32nd of a scale where stored in bfloat16."""
+    folder, want = folder_of("torchao", tmp_path), expected_of("torchao")
+    scales = np.repeat(np.asarray(checkpoint.load(folder)[NAME].scales, np.float32), GROUP, 0)
+    for dtype, bound in ((None, 2**-5), (jnp.float32, 2**-19)):
+        got = np.asarray(checkpoint.load(folder, dtype=dtype)[NAME].dequantize(jnp.float32))
+        assert (np.abs(got - want) <= bound * scales).all(), np.max(np.abs(got - want) / scales)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtype(case, dtype, tmp_path):
+    with warns(case):
+        folder = folder_of(case, tmp_path)
+        whole = checkpoint.load(folder)
+    with warns(case):
+        params = checkpoint.load(folder, dtype=dtype)
+    assert {a.dtype for a in jax.tree.leaves(params)} <= {jnp.dtype(d) for d in (dtype, "uint32", "int32")}
+    np.testing.assert_array_equal(params[NAME].scales, whole[NAME].scales.astype(dtype))
+    np.testing.assert_array_equal(params[NAME].qweight, whole[NAME].qweight)
+
+
+@pytest.mark.parametrize("case", ["ct_asymmetric", "awq_gemm", "awq_gemv", "hqq", "torchao_symmetric"])
+def test_without_a_configuration(case, tmp_path):
+    """The tensors alone tell."""
+    want = checkpoint.load(folder_of(case, tmp_path))[NAME]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(GOLDEN / f"{case}.safetensors", alone / "x.safetensors")
+    got = checkpoint.load(alone / "x.safetensors")[NAME]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "zero"),
+    [
+        ("gptq_v1_label_v2_zeros", {"checkpoint_format": "gptq_v2"}, 8),
+        ("gptq_v1_label_v2_zeros", {"sym": False}, 9),  # asymmetric by its own word: the label counts
+        ("gptq_v1_symmetric", {"sym": None}, 8),
+        ("gptq_v1_symmetric", {"sym": False, "checkpoint_format": "gptq_v2"}, 7),
+    ],
+)
+def test_which_zero_point(case, changes, zero, tmp_path):
+    qw = checkpoint.load(folder_of(case, tmp_path, **changes))[NAME]
+    assert {8} if qw.zeros is None else set(np.unique(qw.zeros)) == {zero}
+    assert (qw.zeros is None) == (zero == 8)
+
+
+def test_zero_points_of_zero_in_version_1(tmp_path):
+    """GPTQModel borrows from neighbours, others do not; and say so."""
+    folder = folder_of("gptq_v1", tmp_path)
+    qw = checkpoint.load(folder)[NAME]
+    assert 0 in np.asarray(qw.zeros)
+    (folder / "config.json").unlink()
+    with pytest.warns(UserWarning, match="zero points of 0 in version 1"):
+        plain = checkpoint.load(folder)[NAME]
+    assert (np.asarray(plain.zeros) != np.asarray(qw.zeros)).any()
+
+
+def test_unpacked_zero_points(tmp_path):
+    """Some compressed-tensors files hold int8 zero points."""
+    folder = folder_of("ct_asymmetric", tmp_path)
+    want = checkpoint.load(folder)[NAME]
+    tensors = _tensors(folder)
+    n = want.out_features
+    tensors[f"{NAME}.weight_zero_point"] = (np.asarray(want.zeros).T.astype(np.float32) - 8).astype(np.int8)
+    assert tensors[f"{NAME}.weight_zero_point"].shape == (n, K // GROUP)
+    _rewrite(folder, tensors)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(folder)[NAME], want)
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    return {name: t.read() for name, t in _load.open_checkpoint(folder).tensors.items()}
+
+
+def _rewrite(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, folder / "model.safetensors")
+
+
+def test_pack_is_the_layout():
+    rng = np.random.default_rng(0)
+    for k, n in ((1, 1), (64, 16), (96, 40), (200, 33), (0, 16), (64, 0)):
+        codes = rng.integers(0, 16, (k, n), np.uint8)
+        np.testing.assert_array_equal(_layer.pack(codes), jax_w4a16.pack(jnp.asarray(codes)))
+
+
+# Larger layers of each format, made from the definition, for slices that the small files cannot have.
+
+
+def words(codes: np.ndarray, axis: int, order=range(8)) -> np.ndarray:
+    """Nibbles along an axis to int32, nibble i from index order[i]."""
+    codes = np.moveaxis(codes.astype(np.uint32), axis, -1)
+    codes = codes.reshape(*codes.shape[:-1], -1, 8)[..., list(order)]
+    packed = (codes << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+    return np.ascontiguousarray(np.moveaxis(packed, -1, axis)).view(np.int32)
+
+
+def large(form: str, k=512, n=128, g=64, seed=0) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Tensors of a layer in a format, and its weight in float32."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (k, n), np.uint8)
+    zeros = rng.integers(1, 16, (k // g, n), np.uint8)
+    scales = rng.uniform(0.01, 0.02, (k // g, n)).astype(np.float16)
+    spread = lambda a: np.repeat(a.astype(np.float32), g, 0)
+    weight = (codes - spread(zeros)) * spread(scales)
+    if form == "ct":
+        tensors = {
+            "weight_packed": words(codes.T, 1),
+            "weight_scale": scales.T,
+            "weight_zero_point": words(zeros.T, 0),
+            "weight_shape": np.array([n, k]),
+        }
+    elif form == "awq_gemm":
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        tensors = {"qweight": words(codes, 1, order), "qzeros": words(zeros, 1, order), "scales": scales}
+    elif form == "awq_gemv":
+        pad = -(-(k // g) // 16) * 16 - k // g
+        padded = [np.pad(a.T, ((0, 0), (0, pad))) for a in (zeros, scales)]
+        tensors = {"qweight": words(codes.T, 1), "qzeros": words(padded[0], 1), "scales": padded[1]}
+    elif form == "gptq":
+        tensors = {"qweight": words(codes, 0), "qzeros": words(zeros - 1, 1), "scales": scales}
+    elif form == "hqq":
+        rows = codes.T.reshape(-1, g)
+        half = len(rows) // 2
+        tensors = {
+            "W_q": rows[:half] << 4 | rows[half:],
+            "scale": scales.T.reshape(-1, 1),
+            "zero": zeros.T.astype(np.float16).reshape(-1, 1),
+            "shape": np.array([n, k]),
+        }
+    else:
+        values = (codes.T ^ 8).astype(np.uint8)
+        weight = (codes - np.float32(8)) * spread(scales)
+        tensors = {
+            "_weight_qdata": (values[:, ::2] | values[:, 1::2] << 4).view(np.int8),
+            "_weight_scale": scales,
+            "_weight_zero_point": np.zeros_like(scales),
+        }
+    return {f"{NAME}.{name}": a for name, a in tensors.items()}, weight
+
+
+FORMS = ("ct", "awq_gemm", "awq_gemv", "gptq", "hqq", "torchao")
+
+
+@pytest.mark.parametrize("spec", [P(), P("k"), P(None, "n"), P("k", "n"), P(None, ("k", "n"))], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_each_device_reads_its_part(form, spec, tmp_path, monkeypatch):
+    """Whatever the split, parts are bit-equal to those of the whole, and nothing is read twice.
+
+    But for HQQ, whose bytes hold codes of two distant columns and whose rows cannot be sliced.
+    """
+    tensors, weight = large(form)
+    _rewrite(tmp_path, tensors)
+    mesh = jax.make_mesh((2, 4), ("k", "n"))
+    whole = checkpoint.load(tmp_path)[NAME]
+    np.testing.assert_array_equal(np.asarray(whole.dequantize(jnp.float32)), weight)
+
+    asked = []
+    read = _files.File.read
+
+    def counted(self, name, index):
+        part = read(self, name, index)
+        asked.append((name, part.nbytes))
+        return part
+
+    monkeypatch.setattr(_files.File, "read", counted)
+    split = checkpoint.load(tmp_path, sharding=NamedSharding(mesh, spec) if spec != P() else None)[NAME]
+    big = max(tensors, key=lambda name: tensors[name].nbytes)
+    times = sum(size for name, size in asked if name == big) / tensors[big].nbytes
+    assert times == 1 if form != "hqq" else times <= 4
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+    k, n = (*spec, None, None)[:2]
+    if spec != P():
+        assert split.qweight.sharding.is_equivalent_to(NamedSharding(mesh, P(k, n, None)), 3)
+        assert split.scales.sharding.is_equivalent_to(NamedSharding(mesh, P(k, n)), 2)
+
+
+@pytest.mark.parametrize("form", ["ct", "gptq"])
+def test_act_order(form, tmp_path):
+    """An order of rows is kept; a split along N works, one along K is refused with the reason."""
+    k, g = 512, 64
+    g_idx = np.random.default_rng(1).permutation(k).astype(np.int32) // g
+    tensors, _ = large(form)
+    name = "weight_g_idx" if form == "ct" else "g_idx"
+    _rewrite(tmp_path, tensors)
+    plain = checkpoint.load(tmp_path)[NAME]
+    _rewrite(tmp_path, tensors | {f"{NAME}.{name}": g_idx})
+    qw = checkpoint.load(tmp_path)[NAME].validate()
+    codes = np.asarray(jax_w4a16.unpack(plain.qweight, plain.shape), np.float32)
+    want = (codes - np.asarray(plain.zeros, np.float32)[g_idx]) * np.asarray(plain.scales, np.float32)[g_idx]
+    np.testing.assert_array_equal(np.asarray(qw.dequantize(jnp.float32)), want)
+
+    mesh = jax.make_mesh((2, 4), ("k", "n"))
+    split = checkpoint.load(tmp_path, sharding=NamedSharding(mesh, P(None, "n")))[NAME]
+    jax.tree.map(np.testing.assert_array_equal, split, qw)
+    assert split.permutation.sharding.is_fully_replicated
+    x = np.random.default_rng(2).standard_normal((3, k)).astype(np.float16)
+    want = np.asarray(jax_w4a16.dot(x, qw))
+    np.testing.assert_array_equal(np.asarray(jax.jit(jax_w4a16.dot)(x, split)), want)
+    with pytest.raises(
+        ValueError, match=r"a.proj: expected no split along K, got 2 ways: .* activation order"
+    ):
+        checkpoint.load(tmp_path, sharding=NamedSharding(mesh, P("k")))
+    g_idx[0] = (g_idx[0] + 1) % (k // g)
+    _rewrite(tmp_path, tensors | {f"{NAME}.{name}": g_idx})
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected 64 rows in each of 8 groups, got 6[35] in group"
+    ):
+        checkpoint.load(tmp_path)
+
+
+def test_unquantised_configuration_is_named(tmp_path):
+    _rewrite(tmp_path, {"a.weight": np.zeros((4, 4), np.float32)})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.warns(UserWarning, match="quantised with fp8, of which no 4-bit layer was found"):
+        assert set(checkpoint.load(tmp_path)) == {"a.weight"}
