@@ -116,7 +116,7 @@ def _pytree(tree) -> Form:
 
 def is_weight(value) -> bool:
     """A floating-point array [K, N] or [L, K, N]."""
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+    if isinstance(value, QuantizedWeight) or not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return False
     return len(value.shape) in (2, 3) and jnp.issubdtype(value.dtype, jnp.floating)
 

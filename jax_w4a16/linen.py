@@ -168,7 +168,9 @@ def fuse_dense(*layers: Mapping[str, Any], in_features: int, group_size: int = 1
     variables: dict[str, dict] = {COLLECTION: {"fused": {"kernel": weight.arrays}}}
     biases = [layer["params"]["bias"] for layer in layers if "bias" in layer.get("params", {})]
     if biases and len(biases) != len(layers):
-        raise ValueError(f"layers: expected all with a bias or none, got {len(biases)} with of {len(layers)}")
+        raise ValueError(
+            f"layers: expected all with a bias or none, got {len(biases)} of {len(layers)} with one"
+        )
     if biases:
         variables["params"] = {"fused": {"bias": jnp.concatenate(biases, -1)}}
     return variables

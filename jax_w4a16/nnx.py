@@ -208,7 +208,7 @@ class W4A16FusedLinear(nnx.Module):
         biases = [layer.bias[...] for layer in layers if layer.bias is not None]
         if biases and len(biases) != len(layers):
             raise ValueError(
-                f"layers: expected all with a bias or none, got {len(biases)} with of {len(layers)}"
+                f"layers: expected all with a bias or none, got {len(biases)} of {len(layers)} with one"
             )
         self.linear = W4A16Linear.from_quantized(
             weight,

@@ -93,7 +93,7 @@ def test_awq_of_equal_channels_is_clipping():
 def test_awq_with_a_dead_channel_and_a_nan():
     x = inputs().at[:, 3].set(0)
     w = weight().at[5, 7].set(jnp.nan)
-    got = np.asarray(jax_w4a16.quantize(w, group_size=32, search="awq", inputs=x).dequantize(jnp.float32))
+    got = np.array(jax_w4a16.quantize(w, group_size=32, search="awq", inputs=x).dequantize(jnp.float32))
     assert np.isnan(got[:32, 7]).all()
     got[:32, 7] = 0
     assert np.isfinite(got).all()
