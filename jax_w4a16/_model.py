@@ -44,7 +44,8 @@ def quantize_model(
 ):
     """The model with 4-bit weights, as the rules say: a copy, which shares every array that stays.
 
-    One weight at a time is on its way: its float32 form and its packed one, beside the model and the results.
+    One weight, or one member of a stack, is on its way at a time; a search takes a few float32 arrays of its
+    size.
 
     Args:
       model: what becomes of it depends on its kind. Paths are joined by "/".
