@@ -163,3 +163,34 @@ def test_refused():
         bad.validate()
     with pytest.raises(ValueError, match=r"input_scale: expected shape \(200,\) for K"):
         jax_w4a16.dot(jnp.ones((1, K)), bad)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(("split", "reduces"), [("batch", 0), ("columns", 0), ("rows", 1)])
+def test_input_scale_of_a_sharded_weight(kind, split, reduces):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    put = lambda a, *spec: jax.device_put(
+        a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    )
+    x = inputs(k=512).astype(jnp.bfloat16)
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((512, 64)), jnp.bfloat16)
+    one = jax_w4a16.quantize(w, group_size=64, search="awq", inputs=x)
+    specs = {  # of x; codes and scales; input_scale
+        "batch": (("d",), (), ()),
+        "columns": ((), (None, "d"), ()),
+        "rows": ((None, "d"), ("d",), ("d",)),
+    }[split]
+    with jax.set_mesh(mesh):
+        weight = dataclasses.replace(
+            one,
+            qweight=put(one.qweight, *specs[1]),
+            scales=put(one.scales, *specs[1]),
+            input_scale=put(one.input_scale, *specs[2]),
+        )
+        operands = put(x, *specs[0]), weight
+        hlo = jax.jit(jax_w4a16.dot).lower(*operands).compile().as_text()
+        got = jax.jit(jax_w4a16.dot)(*operands)
+    assert hlo.count(" all-reduce(") == reduces
+    assert not any(op in hlo for op in (" all-gather(", " all-to-all(", " collective-permute("))
+    want = np.asarray(jax_w4a16.dot(x, one), np.float32)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0.02, atol=0.01 * np.abs(want).max())
