@@ -157,6 +157,13 @@ def _one(operands, rule: Rule, scale_dtype) -> QuantizedWeight:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _stack(operands, rule: Rule, scale_dtype) -> QuantizedWeight:
+    if isinstance(operands[0], jax.Array) or not len(operands[0]):
+        return _stack_on_device(operands, rule, scale_dtype)
+    each = (_one(member, rule, scale_dtype) for member in zip(*operands, strict=True))
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(jax.block_until_ready, each))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _stack_on_device(operands, rule: Rule, scale_dtype) -> QuantizedWeight:
     return lax.map(lambda member: _one(member, rule, scale_dtype), operands)

@@ -89,7 +89,7 @@ def scale_inputs(w, inputs, *, group_size: int, symmetric: bool, scale_dtype) ->
     The rows of w are multiplied by s = magnitude^alpha before they are rounded, and the inputs by 1/s when
     the layer runs; magnitude is the mean of |input| by channel. Of a grid of alphas from 0 (no scaling) to
     0.95, the one is taken with which the outputs for `inputs` change least. Ranges are then clipped, a row's
-    errors counting by the power of its scaled input.
+    errors counting by the power of its scaled input. A NaN in w or the inputs leaves them unscaled.
 
     Where the inputs come from a norm that nothing else reads, its scale (and bias) can be multiplied by 1/s
     instead, and the weight's `input_scale` dropped: then it costs nothing.

@@ -122,10 +122,14 @@ def test_one_weight_is_in_flight_at_a_time(monkeypatch):
         return begun[-1]
 
     monkeypatch.setattr(_model, "_one", watched)
-    model = {f"w{i}": np.random.default_rng(i).standard_normal((256, 512), np.float32) for i in range(6)}
+    draw = lambda *shape: np.random.default_rng(0).standard_normal(shape, np.float32)
+    model = {f"w{i}": draw(256, 512) for i in range(6)}
     got = quantize_model(model, Rule(search="mse"))
     assert len(got) == len(begun) == 6
     assert Watch.seen == [[(f"w{i}", 0) for i in range(6)]]
+    stack = quantize_model({"s": draw(5, 256, 512)}, Rule(search="mse"))["s"].validate()
+    assert len(begun) == 6 + 5
+    equal(jax.tree.map(lambda a: a[0], stack), got["w0"])
 
 
 def test_donated_weights_go_one_by_one(monkeypatch):
