@@ -69,6 +69,9 @@ def dot(
     _checks.packed(qweight)
     if isinstance(qw, QuantizedWeight) and k != qw.in_features:
         raise ValueError(f"x: expected shape [..., K = {qw.in_features}], got {tuple(x.shape)}")
+    if isinstance(qw, QuantizedWeight) and qw.input_scale is not None:
+        _checks.shape("input_scale", _checks.array("input_scale", qw.input_scale), (k,), f" for K = {k}")
+        x = x * qw.input_scale.astype(x.dtype)
     size = _checks.weight(qweight, scales, zeros, k, group_size)
     permutation = qw.permutation if isinstance(qw, QuantizedWeight) else None
     _checks.permutation(permutation, k)

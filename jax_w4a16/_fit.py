@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_w4a16 import _layout
-from jax_w4a16._quantize import pack
+from jax_w4a16 import _layout, _primitive
 from jax_w4a16._types import QuantizedWeight
 
 _FIRST_RANGES = (1.0, 0.8)  # of a group's full range; the rest is clipped
@@ -69,7 +68,7 @@ def fit(w: jax.Array, input_power: jax.Array, *, group_size: int, scale_dtype) -
     best, _ = lax.scan(from_range, nothing, jnp.array(_FIRST_RANGES, jnp.float32))
     _, codes, scale, zero = best
     return QuantizedWeight(
-        pack(codes.reshape(-1, n)[:k]),
+        _primitive.pack(codes.reshape(-1, n)[:k]),
         scale[:, 0].astype(scale_dtype),
         zero[:, 0].astype(scale_dtype),
         group_size=-1 if size >= k else size,

@@ -7,7 +7,6 @@ along a leading axis and scanned over.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
@@ -17,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_w4a16._dot import dot
-from jax_w4a16._fit import fit
-from jax_w4a16._quantize import quantize
+from jax_w4a16._model import quantize_model
+from jax_w4a16._rules import Rule
 from jax_w4a16._types import QuantizedWeight
 
 Params = dict[str, Any]
@@ -90,28 +89,15 @@ def from_tensors(tensors: dict[str, np.ndarray], config: Config) -> Params:
     }
 
 
-def quantize_linears(
-    params: Params, *, group_size: int, symmetric: bool, dtype: Any, power: Params | None = None
-) -> Params:
-    """The same parameters with 4-bit weights in every linear layer, and its bias in `dtype`.
+def quantize_linears(params: Params, rule: Rule, *, dtype: Any, inputs: Params | None = None) -> Params:
+    """The same parameters with 4-bit weights in every linear layer, by the rule, and its bias in `dtype`.
 
-    Embedding tables and norms stay as they are. Weights are rounded to nearest or, where the `power` of each
-    layer's inputs is given (from `input_power`), fitted to it, which is always asymmetric.
+    Embedding tables and norms stay as they are. `inputs` (from `linear_inputs`) is for searches that need it.
     """
-    if power is None:
-        rule = jax.vmap(
-            functools.partial(quantize, group_size=group_size, symmetric=symmetric, scale_dtype=dtype)
-        )
-    else:
-        rule = jax.vmap(functools.partial(fit, group_size=group_size, scale_dtype=dtype))
-    rule = jax.jit(rule)
-
-    def packed(name: str) -> Params:
-        float_layer = params["layers"][name]
-        operands = (float_layer["weight"],) if power is None else (float_layer["weight"], power[name])
-        return {"weight": rule(*operands), "bias": float_layer["bias"].astype(dtype)}
-
-    return params | {"layers": params["layers"] | {name: packed(name) for name in _LINEARS}}
+    weights = {name: params["layers"][name]["weight"] for name in _LINEARS}
+    packed = quantize_model(weights, rule, inputs=inputs, scale_dtype=dtype, progress=False)
+    layer = lambda name: {"weight": packed[name], "bias": params["layers"][name]["bias"].astype(dtype)}
+    return params | {"layers": params["layers"] | {name: layer(name) for name in _LINEARS}}
 
 
 def linear_bytes(params: Params) -> int:
@@ -186,15 +172,11 @@ def pool(x: jax.Array, mask: jax.Array) -> jax.Array:
     return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
 
-def input_power(params: Params, ids: jax.Array, mask: jax.Array, *, config: Config) -> Params:
-    """Mean square, over the tokens of a batch, of every input of each linear layer.
+def linear_inputs(params: Params, ids: jax.Array, mask: jax.Array, *, config: Config) -> Params:
+    """What each linear layer meets for the tokens of a batch: [layers, tokens, K] by the layer's name.
 
-    Arguments as for `encode`. Returns float32 [layers, K] for each name of a linear layer.
+    Arguments as for `encode`. Padding is left out.
     """
-
-    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, Params]:
-        x, inputs = _layer(x, mask, p, config)
-        square = lambda a: jnp.where(mask[..., None], a.astype(jnp.float32) ** 2, 0).sum((0, 1)) / mask.sum()
-        return x, jax.tree.map(square, inputs)
-
-    return jax.lax.scan(layer, _embed(params, ids, config), params["layers"])[1]
+    layer = lambda x, p: _layer(x, mask, p, config)
+    inputs = jax.lax.scan(layer, _embed(params, ids, config), params["layers"])[1]
+    return {name: a[:, np.asarray(mask)] for name, a in inputs.items()}

@@ -4,14 +4,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_w4a16 import _checks, _layout, _primitive
+from jax_w4a16 import _checks, _layout, _primitive, _search
 from jax_w4a16._types import QuantizedWeight
 
 
-def quantize(w, *, group_size: int = 128, symmetric: bool = True, scale_dtype=None) -> QuantizedWeight:
-    """Rounds a weight to 4-bit codes, to nearest, group by group.
+def quantize(
+    w,
+    *,
+    group_size: int = 128,
+    symmetric: bool = True,
+    scale_dtype=None,
+    search: str | None = None,
+    inputs=None,
+) -> QuantizedWeight:
+    """Rounds a weight to 4-bit codes, group by group.
 
     Args:
       w: weight [K, N], float16, bfloat16 or float32. The work is done where w is; under `jit` too.
@@ -19,30 +26,40 @@ def quantize(w, *, group_size: int = 128, symmetric: bool = True, scale_dtype=No
       symmetric: zero points are 8 and not stored; otherwise each group has its own, an integer 0..15.
       scale_dtype: type of scales and zeros, which is the type of activations the weight will meet;
         default: w's, or bfloat16 where w is float32.
+      search: how codes and scales are found. None: to nearest. "mse": each group's range is clipped where
+        that lowers its squared error. "awq": activation-aware scaling (arXiv:2306.00978), then clipping; the
+        result has an `input_scale`. "fit": weighted least squares, which makes zero points fractional and is
+        never symmetric. The last two need `inputs`.
+      inputs: a sample of the inputs that the weight will meet, [T, K], where the search needs it.
 
     Returns:
-      A QuantizedWeight. A group that holds a NaN gets a NaN scale, so that it shows.
+      A QuantizedWeight. A group that holds a NaN gets a NaN scale, so that it shows (except with "fit").
 
     Raises:
       TypeError, ValueError: an argument is not as described.
     """
     _checks.floating("w", _checks.array("w", w))
     _checks.rank("w", w, 2)
-    if not isinstance(symmetric, bool | np.bool_):
-        raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
+    _search.check(search, symmetric)
     if scale_dtype is None:
         scale_dtype = jnp.bfloat16 if w.dtype == jnp.float32 else w.dtype
     scale_dtype = _checks.float_dtype("scale_dtype", scale_dtype)
     k = w.shape[0]
-    size = _checks.group_size(group_size, k)
-    qweight, scales, *zeros = _quantize(w, size, bool(symmetric), scale_dtype)
-    stored = -1 if size >= k else size
-    return QuantizedWeight(qweight, scales, *zeros, group_size=stored, k=k)
+    if search in _search.NEED_INPUTS:
+        if inputs is None:
+            raise TypeError(f"inputs: expected an array [T, K = {k}] for search={search!r}, got None")
+        _checks.floating("inputs", _checks.array("inputs", inputs))
+        if len(inputs.shape) != 2 or inputs.shape[1] != k or not inputs.shape[0]:
+            raise ValueError(f"inputs: expected shape [T, K = {k}], T > 0, got {tuple(inputs.shape)}")
+    elif inputs is not None:
+        raise TypeError(f"inputs: expected None for search={search!r}, got an array")
+    return _quantize(w, inputs, search, _checks.group_size(group_size, k), bool(symmetric), scale_dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _quantize(w, group_size, symmetric, scale_dtype):
-    return _primitive.quantize(w, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _quantize(w, inputs, search, group_size, symmetric, scale_dtype):
+    rule = {"group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
+    return _search.quantize(w, inputs, search=search, **rule)
 
 
 def dequantize(qweight, scales, zeros=None, dtype=None, *, group_size: int | None = None, in_features=None):

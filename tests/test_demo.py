@@ -116,13 +116,12 @@ def test_pool():
     np.testing.assert_allclose(_minilm.pool(x, mask), [[0.6, 0.8], [0.0, 1.0]], atol=1e-7)
 
 
-@pytest.mark.parametrize("fitted", [False, True])
-def test_every_linear_layer_runs_packed(fitted):
+@pytest.mark.parametrize("search", [None, "mse", "awq", "fit"])
+def test_every_linear_layer_runs_packed(search):
     ids, mask = batch()
-    power = _minilm.input_power(params(), ids, mask, config=CONFIG) if fitted else None
-    packed = _minilm.quantize_linears(
-        params(), group_size=32, symmetric=False, dtype=jnp.float16, power=power
-    )
+    inputs = _minilm.linear_inputs(params(), ids, mask, config=CONFIG)
+    rule = jax_w4a16.Rule(group_size=32, symmetric=False, search=search)
+    packed = _minilm.quantize_linears(params(), rule, dtype=jnp.float16, inputs=inputs)
     program = encode.lower(packed, ids, mask).compile().as_text()
     assert program.count('custom_call_target="w4a16_dot"') == 6  # in the body of one loop over the layers
     assert program.count(" dot(") == 2  # attention's
@@ -132,21 +131,23 @@ def test_every_linear_layer_runs_packed(fitted):
     groups = weights // 32
     assert _minilm.linear_bytes(params()) == LAYERS * weights * 4
     packed_codes = 4 * 64 * 64 + 64 * 160 + 192 * 64  # K is padded to 64, N to 16
-    assert _minilm.linear_bytes(packed) == LAYERS * (packed_codes // 2 + 2 * groups * 2)
+    input_scales = 5 * HIDDEN + INNER if search == "awq" else 0
+    assert _minilm.linear_bytes(packed) == LAYERS * (packed_codes // 2 + 2 * groups * 2 + 2 * input_scales)
 
 
-def test_input_power_is_of_the_real_tokens():
+def test_inputs_are_of_the_real_tokens():
     ids, mask = batch()
-    got = _minilm.input_power(params(), ids, mask, config=CONFIG)
-    shapes = dict.fromkeys(("query", "key", "value", "attention_out", "ffn_in"), (LAYERS, HIDDEN))
-    assert {name: a.shape for name, a in got.items()} == shapes | {"ffn_out": (LAYERS, INNER)}
+    got = _minilm.linear_inputs(params(), ids, mask, config=CONFIG)
+    tokens = int(mask.sum())
+    shapes = dict.fromkeys(("query", "key", "value", "attention_out", "ffn_in"), (LAYERS, tokens, HIDDEN))
+    assert {name: a.shape for name, a in got.items()} == shapes | {"ffn_out": (LAYERS, tokens, INNER)}
     t = tensors()
     x = t["embeddings.word_embeddings.weight"][np.asarray(ids)]
     x = x + t["embeddings.position_embeddings.weight"][: ids.shape[1]]
     x = x + t["embeddings.token_type_embeddings.weight"][0]
     x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     x = x * t["embeddings.LayerNorm.weight"] + t["embeddings.LayerNorm.bias"]
-    np.testing.assert_allclose(got["query"][0], (x[np.asarray(mask)] ** 2).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(got["query"][0], x[np.asarray(mask)], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("k", "group_size"), [(256, 32), (200, 64), (96, -1)])

@@ -162,7 +162,7 @@ def _split_layer(name: str, layer: _layer.Layer, sharding: Sharding | None) -> d
             f"{ways_n} parts"
         )
     specs = {"qweight": P(*lead, k, n, None), "scales": P(*lead, k, n), "zeros": P(*lead, k, n)}
-    specs["permutation"] = P(*lead, None)
+    specs |= {"permutation": P(*lead, None), "input_scale": P(*lead, k)}
     named = lambda spec: NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return {field: named(specs[field]) for field in layer.fields}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_w4a16 import _checks
 from jax_w4a16._types import QuantizedWeight
-from jax_w4a16.checkpoint import _layer, own
+from jax_w4a16.checkpoint import _layer
 from jax_w4a16.checkpoint._header import NAMES
 from jax_w4a16.checkpoint._write import Entry, Item, write
 
@@ -54,8 +54,7 @@ def _entry(name: Any, value: Any) -> Entry:
         value.validate()
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
-    arrays = {field: getattr(value, field) for field in own.FIELDS}
-    items = {f"{name}.{field}": _item(a) for field, a in arrays.items() if a is not None}
+    items = {f"{name}.{field}": _item(a) for field, a in value.arrays.items()}
     return Entry(name, items, {"k": value.in_features, "group_size": value.group_size})
 
 

@@ -4,6 +4,7 @@
     <name>.scales       float16, bfloat16 or float32 [..., ceil(K/g), N]
     <name>.zeros        like scales; absent where all are 8
     <name>.permutation  int32 [..., K]; absent unless the rows are in another order than the weight's
+    <name>.input_scale  float16, bfloat16 or float32 [..., K]; absent unless inputs are to be multiplied
 
 The fields are those of `jax_w4a16.QuantizedWeight`; leading dimensions are those of a stack. What is no
 weight is stored under its own name. The metadata of each file say
@@ -28,7 +29,7 @@ from jax_w4a16.checkpoint._header import NAMES
 
 NAME = "jax_w4a16"
 SCHEMA = "1"
-FIELDS = ("qweight", "scales", "zeros", "permutation")
+FIELDS = ("qweight", "scales", "zeros", "permutation", "input_scale")
 _FLOATS = ("F16", "BF16", "F32")
 
 
@@ -103,6 +104,8 @@ def _layer_of(tensors: dict[str, Tensor], k: int, group_size: int, dtype: np.dty
         rows = tensors["permutation"].require(("I32",), (*lead, k)).read()
         if (np.sort(rows, axis=-1) != np.arange(k)).any():
             raise tensors["permutation"].error(f"each of 0..{k - 1} once", "another order")
+    if "input_scale" in tensors:
+        tensors["input_scale"].require(_FLOATS, (*lead, k), f" for K = {k}")
     types = {
         field: dtype if dtype and field in ("scales", "zeros") else t.dtype for field, t in tensors.items()
     }
