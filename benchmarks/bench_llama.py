@@ -143,7 +143,7 @@ class Bench:
                 rows.append(self._decode(batch, length, first, programs[kind, batch, tokens, length]))
         stats = self.device.memory_stats() or {}
         peak = stats.get("peak_bytes_in_use")
-        return [self.facts | row | {"peak_bytes": peak} for row in rows]
+        return [self.facts | row | {"peak_bytes_device0": peak} for row in rows]
 
     def _prefill(self, program: Any) -> dict[str, Any]:
         import jax

@@ -48,17 +48,20 @@ def rotary(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Norm(nnx.Module):
-    """x / rms(x) * scale. Unlike nnx.RMSNorm it scales last, as the checkpoints' authors did."""
+    """x / rms(x) * scale, in two factors: x * scale, and 1 / rms(x), float32, for after the next product.
+
+    So the sum of squares, the residual sum before it and x * scale are one kernel.
+    """
 
     def __init__(self, config: Config):
         self.epsilon = config.epsilon
         self.scale = nnx.Param(jnp.ones(config.hidden, config.dtype))
 
     def __call__(self, x):
-        """x [..., hidden] -> the same."""
+        """x [..., hidden] -> the same, and [..., 1]."""
         wide = x.astype(_F32)
-        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return (wide * lax.rsqrt(mean + self.epsilon)).astype(x.dtype) * self.scale[...]
+        factor = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale[...].astype(_F32)).astype(x.dtype), factor
 
 
 class Layer(nnx.Module):
@@ -78,9 +81,12 @@ class Layer(nnx.Module):
 
     def __call__(self, x, keys, values, position, rotation):
         """x [batch, tokens, hidden] -> the same, and the cache with these tokens' keys and values."""
-        out, keys, values = self._attend(self.norm_attention(x), keys, values, position, rotation)
+        scaled, factor = self.norm_attention(x)
+        qkv = self.qkv(scaled) * factor
+        out, keys, values = self._attend(qkv, keys, values, position, rotation)
         x = x + self._sum(self.o(out))
-        gate_up = self.gate_up(self.norm_mlp(x)).astype(_F32).reshape(*x.shape[:2], -1, 2, MLP_BLOCK)
+        scaled, factor = self.norm_mlp(x)
+        gate_up = (self.gate_up(scaled) * factor).reshape(*x.shape[:2], -1, 2, MLP_BLOCK)
         out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
         return x + self._sum(self.down(out)), keys, values
@@ -88,12 +94,13 @@ class Layer(nnx.Module):
     def _sum(self, x):
         return x if self.ways == 1 else lax.psum(x, AXIS).astype(self.config.dtype)
 
-    def _attend(self, x, keys, values, position, rotation):
+    def _attend(self, qkv, keys, values, position, rotation):
         c = self.config
-        batch, tokens, group = *x.shape[:2], c.heads // c.kv_heads
-        qkv = self.qkv(x).reshape(batch, tokens, c.kv_heads // self.ways, group + 2, c.head_dim)
-        query, key = _rotate(qkv[..., :group, :], *rotation), _rotate(qkv[..., group, :], *rotation)
-        value = qkv[..., -1, :]
+        batch, tokens, group = *qkv.shape[:2], c.heads // c.kv_heads
+        qkv = qkv.reshape(batch, tokens, c.kv_heads // self.ways, group + 2, c.head_dim)
+        query = _rotate(qkv[..., :group, :], *rotation).astype(c.dtype)
+        key = _rotate(qkv[..., group, :], *rotation).astype(c.dtype)
+        value = qkv[..., -1, :].astype(c.dtype)
         by_head = lambda a: a.swapaxes(1, 2).reshape(-1, tokens, c.head_dim)
         keys = lax.dynamic_update_slice(keys, by_head(key), (0, position, 0))
         values = lax.dynamic_update_slice(values, by_head(value), (0, position, 0))
@@ -121,11 +128,11 @@ def _linear(config: Config, packed: bool, k: int, n: int, *, rngs: nnx.Rngs, pre
 
 
 def _rotate(x, cos, sin):
-    """Rotates the pairs (i, i + head_dim / 2) of x [batch, token, ..., head_dim]."""
+    """Rotates the pairs (i, i + head_dim / 2) of x [batch, token, ..., head_dim], float32."""
     over_heads = lambda a: a.reshape(a.shape[0], *(1,) * (x.ndim - 3), 1, a.shape[1])
-    halves = x.astype(_F32).reshape(*x.shape[:-1], 2, -1)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
     turned = halves[..., ::-1, :] * jnp.asarray([[-1], [1]], _F32)
-    return (halves * over_heads(cos) + turned * over_heads(sin)).reshape(x.shape).astype(x.dtype)
+    return (halves * over_heads(cos) + turned * over_heads(sin)).reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -171,10 +178,11 @@ class Llama(nnx.Module):
 
     def logits(self, x) -> jax.Array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab], or this device's part of them."""
-        x = self.norm(x)
+        x, factor = self.norm(x)
         if self.head is not None:
-            return self.head(x)
-        return jnp.einsum("...k,nk->...n", x, self.embed.embedding[...], preferred_element_type=_F32)
+            return self.head(x) * factor
+        embedding = self.embed.embedding[...]
+        return jnp.einsum("...k,nk->...n", x, embedding, preferred_element_type=_F32) * factor
 
     def pick(self, x) -> tuple[jax.Array, jax.Array]:
         """The likeliest token [batch] after hidden states [batch, hidden], and its logit."""

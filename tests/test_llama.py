@@ -368,7 +368,7 @@ def row(weights="w4a16", mesh=1, kind="decode", batch=1, rate=100.0):
         "weight_bytes": 5e9,
         "cache_bytes": 1e9,
         "temporary_bytes": None,
-        "peak_bytes": None,
+        "peak_bytes_device0": None,
     }
 
 
