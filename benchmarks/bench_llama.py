@@ -91,7 +91,8 @@ class Bench:
         # A decoding step reads all weights but the rows of the embedding that it does not look up.
         self.read_bytes = self.weight_bytes - (0 if config.tied else sizes["embed.embedding"])
         self.facts = {"weights": weights, "mesh": ways, "weight_bytes": self.weight_bytes}
-        self.facts["packed_head"] = config.packed_head
+        if config.packed:
+            self.facts |= {"group_size": config.group_size, "packed_head": config.packed_head}
         self.device = jax.devices()[0]
 
     def tokens(self, batch: int, length: int) -> Any:
@@ -268,7 +269,7 @@ def show(header: Row, rows: Sequence[Row], found: Sequence[Row]) -> None:
         print(
             f"{row['weights']:>8} {row['mesh']:4d} {row['kind']:>7} {row['batch']:5d} "
             f"{row['tokens_per_s']:10.1f} {ms:9.3f} {read:>10} {gb(row['weight_bytes']):>10} "
-            f"{gb(row['cache_bytes']):>8} {gb(row['temporary_bytes']):>8} {gb(row['peak_bytes']):>8}"
+            f"{gb(row['cache_bytes']):>8} {gb(row['temporary_bytes']):>8} {gb(row['peak_bytes_device0']):>8}"
         )
         if row.get("repeatable") is False:
             print("         its runs did not all give the same tokens")
@@ -289,19 +290,19 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["svg.hashsalt"] = "w4a16"
     runs = list(dict.fromkeys((row["weights"], row["mesh"]) for row in rows))
-    names = [weights if mesh == 1 else f"{weights}, {mesh} devices" for weights, mesh in runs]
+    names = [weights if mesh == 1 else f"{weights}\n{mesh} devices" for weights, mesh in runs]
     decode = [row for row in rows if row["kind"] == "decode"]
     prefill = [row for row in rows if row["kind"] == "prefill"]
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.6))
     batches = sorted({row["batch"] for row in decode})
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         mine = {row["batch"]: row["tokens_per_s"] for row in decode if (row["weights"], row["mesh"]) == run}
+        heights = [rate / batch for batch, rate in mine.items()]
         at = [batches.index(batch) + (i - (len(runs) - 1) / 2) * 0.8 / len(runs) for batch in mine]
-        bars = panels[0].bar(at, list(mine.values()), 0.8 / len(runs), label=name)
-        panels[0].bar_label(bars, fmt="%.0f", fontsize=7)
-    panels[0].set_yscale("log")
+        bars = panels[0].bar(at, heights, 0.8 / len(runs), label=name.replace("\n", ", "))
+        panels[0].bar_label(bars, [f"{rate:.0f}" for rate in mine.values()], fontsize=7)
     panels[0].set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    panels[0].set_title("decoding, tokens/s", fontsize=10)
+    panels[0].set_title("decoding, tokens/s of a sequence (above: of the batch)", fontsize=9)
     panels[0].legend(fontsize=8)
     times = {(row["weights"], row["mesh"]): row["first_token_ms"] for row in prefill}
     panels[1].bar_label(panels[1].bar(names, [times.get(run, 0) for run in runs]), fmt="%.1f", fontsize=7)
@@ -312,8 +313,10 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
     caches = [largest(run, "cache_bytes") for run in runs]
     panels[2].bar_label(panels[2].bar(names, weights, label="weights"), fmt="%.1f", fontsize=7)
     panels[2].bar(names, caches, bottom=weights, label="largest cache")
-    panels[2].set_title("GB on all devices", fontsize=10)
+    panels[2].set_title("GB, all devices together", fontsize=10)
     panels[2].legend(fontsize=8)
+    for panel in panels:
+        panel.margins(y=0.3)  # room for the legend
     figure.suptitle(f"{header['device']}, Llama {header['size']}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -366,6 +369,10 @@ def _child(options: argparse.Namespace, argv: list[str], weights: str, ways: int
         output = Path(folder) / "one.json"
         command = [sys.executable, "-m", "benchmarks.bench_llama", *argv, "--one", "--output", str(output)]
         command += ["--weights", weights, "--mesh", str(ways)]
+        if options.checkpoint:  # a child runs in the repository's folder
+            command += ["--checkpoint", str(options.checkpoint.resolve())]
+        elif options.size not in SIZES:
+            command += ["--size", str(Path(options.size).resolve())]
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
         say(f"{options.size_name}, {weights}, mesh {ways}")
         subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], check=True)
@@ -379,9 +386,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.one:
         options.output.write_text(json.dumps(run_one(options, options.weights[0], options.mesh[0])))
         return 0
-    for name in ("size", "checkpoint"):  # a child runs in the repository's folder
-        if (path := Path(getattr(options, name) or "")).exists() and str(path) in argv:
-            argv = [str(path.resolve()) if item == str(path) else item for item in argv]
     header: dict[str, Any] = {}
     rows, failed = [], False
     for ways in options.mesh:
@@ -398,7 +402,8 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         return 2
     header |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "size": options.size_name}
-    header |= {"attention": options.attention, "config": dataclasses.asdict(options.config)}
+    sizes = ("hidden", "mlp", "layers", "heads", "kv_heads", "head_dim", "vocab")
+    header |= {"attention": options.attention} | {name: getattr(options.config, name) for name in sizes}
     header["protocol"] = (
         f"median of {SAMPLES} runs after {_WARM_RUNS + 1}; decode: {options.steps} tokens in one program "
         f"after a prompt of {options.prompt}; prefill: from tokens on the device to the first token on the "

@@ -149,7 +149,8 @@ class Llama(nnx.Module):
         self.ways = ways
         kinds = {"dtype": c.dtype, "param_dtype": c.dtype, "rngs": rngs}
         self.embed = nnx.Embed(c.vocab // ways, c.hidden, **kinds)
-        self.layers = nnx.List([Layer(c, ways, rngs) for _ in range(c.layers)])
+        layers = [Layer(c, ways, rngs) for _ in range(c.layers)]
+        self.layers = nnx.List(layers) if hasattr(nnx, "List") else layers  # from flax 0.12 on
         self.norm = Norm(c)
         head = functools.partial(_linear, c, c.packed_head, rngs=rngs, preferred_element_type=_F32)
         self.head = None if c.tied else head(c.hidden, c.vocab // ways)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 import jax_w4a16
 from benchmarks import llama
@@ -85,10 +85,10 @@ _PARTS = {
 
 
 def load_tensors(folder: Path) -> dict[str, Any]:
-    """The tensors of a checkpoint folder; packed codes are never unpacked."""
+    """The tensors of a checkpoint folder, in the host's memory; packed codes are never unpacked."""
     from jax_w4a16 import checkpoint  # pyright: ignore[reportAttributeAccessIssue]
 
-    return dict(checkpoint.load(folder))
+    return checkpoint.load(folder, sharding=SingleDeviceSharding(jax.devices("cpu")[0]))
 
 
 def checkpoint_config(config: Config, tensors: Tensors) -> Config:
@@ -122,7 +122,7 @@ def checkpoint_state(config: Config, tensors: Tensors, mesh: Mesh | None = None)
         array = made[module][field].astype(leaf.dtype)
         if array.shape != leaf.shape:
             raise ValueError(f"{'.'.join(names)}: expected shape {leaf.shape}, got {array.shape}")
-        return jax.device_put(array, place)
+        return jax.device_put(array, place or jax.devices()[0])
 
     return _fill(config, mesh, make)
 
@@ -152,6 +152,8 @@ def _weight(config: Config, tensors: Tensors, name: str, packed: bool) -> dict[s
         if packed:
             options = {"group_size": config.group_size, "symmetric": config.symmetric}
             weight = jax_w4a16.quantize(weight, scale_dtype=config.dtype, **options)
+    elif getattr(weight, "permutation", None) is not None:
+        raise ValueError(f"{name}: expected rows in order, got a permutation (act-order)")
     elif not packed:
         weight = weight.dequantize(config.dtype)
     if not packed:
