@@ -1,9 +1,10 @@
 """A Llama decoder, W4A16 against bfloat16: tokens a second, time to the first token, bytes on the GPU.
 
     python -m benchmarks.bench_llama [--size 8b] [--weights bf16,w4a16] [--batch 1,16] [--prefill 2048]
-        [--prompt 128] [--steps 128] [--mesh 1,2] [--checkpoint FOLDER] [--output results/llama.json]
+        [--context 128] [--steps 128] [--mesh 1,2] [--checkpoint FOLDER] [--output results/llama.json]
 
-Decoding: after a prompt of `--prompt` tokens, `--steps` tokens for each sequence of the batch in one program.
+Decoding: `--steps` tokens for each sequence of the batch in one program, after `--context` others that the
+same program made.
 Prefill: one prompt of `--prefill` tokens, from its tokens on the device to the first new token on the host.
 Each (weights, mesh) runs in a process of its own, whose memory is then free again.
 """
@@ -102,15 +103,13 @@ class Bench:
         return jax.random.randint(jax.random.key(length), (batch, length), 0, self.config.vocab, "int32")
 
     def compile(self) -> dict[tuple, Any]:
-        """All programs, side by side: ("prefill", batch, length, cache) and ("decode", batch, cache)."""
+        """All programs, side by side: (kind, batch, tokens, positions in the cache) -> program."""
         import jax
         import jax.numpy as jnp
 
         options, llama = self.options, self.llama
-        length = options.prompt + options.steps
         wanted = [("prefill", 1, options.prefill, options.prefill)] if options.prefill else []
-        for batch in options.batch:
-            wanted += [("prefill", batch, options.prompt, length), ("decode", batch, 1, length)]
+        wanted += [("decode", batch, 1, options.context + options.steps) for batch in options.batch]
 
         def build(key):
             kind, batch, tokens, length = key
@@ -134,14 +133,10 @@ class Bench:
 
     def measure(self) -> list[dict[str, Any]]:
         """A row for the prefill and for each batch; raises RuntimeError on wrong tokens."""
-        programs = self.compile()
-        rows = []
-        for kind, batch, tokens, length in programs:
-            if kind == "prefill" and (tokens, length) == (self.options.prefill, self.options.prefill):
-                rows.append(self._prefill(programs[kind, batch, tokens, length]))
-            elif kind == "decode":
-                first = programs["prefill", batch, self.options.prompt, length]
-                rows.append(self._decode(batch, length, first, programs[kind, batch, tokens, length]))
+        rows = [
+            self._prefill(program) if kind == "prefill" else self._decode(batch, length, program)
+            for (kind, batch, _, length), program in self.compile().items()
+        ]
         stats = self.device.memory_stats() or {}
         peak = stats.get("peak_bytes_in_use")
         return [self.facts | row | {"peak_bytes_device0": peak} for row in rows]
@@ -170,17 +165,21 @@ class Bench:
             "temporary_bytes": _temporary(program),
         }
 
-    def _decode(self, batch: int, length: int, first: Any, program: Any) -> dict[str, Any]:
+    def _decode(self, batch: int, length: int, program: Any) -> dict[str, Any]:
         import jax
         import numpy as np
 
+        context, steps = self.options.context, self.options.steps
         cache = self.llama.empty_cache(self.config, batch, length, self.mesh)
-        token, logit, cache = first(self.state, cache, self.tokens(batch, self.options.prompt))
-        check((token, logit), self.config)
+        token = self.tokens(batch, 1)[:, 0]
+        for position in range(0, context, steps):
+            tokens, logits, cache = program(self.state, cache, token, np.int32(position))
+            check((tokens, logits), self.config)
+            token = tokens[:, -1]
         caches, results = [cache], []
 
         def run():
-            tokens, logits, cache = program(self.state, caches.pop(), token, np.int32(self.options.prompt))
+            tokens, logits, cache = program(self.state, caches.pop(), token, np.int32(context))
             caches.append(cache)
             results.append(jax.device_get((tokens, logits)))
 
@@ -189,7 +188,7 @@ class Bench:
         took = seconds(run)
         for result in results:
             check(result, self.config)
-        step = took / self.options.steps
+        step = took / steps
         rate = batch / step
         cache_bytes = _bytes(caches)
         read = self.read_bytes + cache_bytes
@@ -197,8 +196,8 @@ class Bench:
         return {
             "kind": "decode",
             "batch": batch,
-            "context": self.options.prompt,
-            "steps": self.options.steps,
+            "context": context,
+            "steps": steps,
             "step_ms": step * 1e3,
             "tokens_per_s": rate,
             "read_gb_per_s": read / step / 1e9,
@@ -343,8 +342,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=_weights, default=WEIGHTS)
     parser.add_argument("--batch", type=_numbers, default=(1, 16))
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt timed; 0: none")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens before decoding")
     parser.add_argument("--steps", type=int, default=128, help="tokens decoded, of each sequence")
+    parser.add_argument("--context", type=int, default=128, help="tokens before them, a multiple of --steps")
     parser.add_argument("--mesh", type=_numbers, default=(1,), help="numbers of devices to split over")
     parser.add_argument("--checkpoint", type=Path, help="a folder with config.json; default: random weights")
     parser.add_argument("--float-head", action="store_true", help="keep the last layer's weight in bfloat16")
@@ -352,8 +351,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=store.RESULTS / "llama.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in this process
     options = parser.parse_args(argv)
-    if min(options.prompt, options.steps) < 2:
-        parser.error("--prompt and --steps: expected at least 2")
+    if options.steps < 1 or options.context < 0 or options.context % options.steps:
+        parser.error("--context: expected a multiple of --steps, which is at least 1")
+    if options.prefill < 0 or options.prefill == 1:
+        parser.error("--prefill: expected 0 or at least 2")
     path = options.checkpoint / "config.json" if options.checkpoint else Path(options.size)
     try:
         named = not options.checkpoint and options.size in SIZES
@@ -406,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     header |= {"attention": options.attention} | {name: getattr(options.config, name) for name in sizes}
     header["protocol"] = (
         f"median of {SAMPLES} runs after {_WARM_RUNS + 1}; decode: {options.steps} tokens in one program "
-        f"after a prompt of {options.prompt}; prefill: from tokens on the device to the first token on the "
+        f"after {options.context} others; prefill: from tokens on the device to the first token on the "
         "host"
     )
     found = ratios(rows, options.size_name)

@@ -391,7 +391,7 @@ class TestBench:
 
     @pytest.mark.parametrize("ways", [1, 2])
     def test_run_measures_what_it_says(self, ways, capsys):
-        argv = ["--size", "tiny", "--prefill", "16", "--prompt", "8", "--steps", "4", "--batch", "1,2"]
+        argv = ["--size", "tiny", "--prefill", "16", "--context", "8", "--steps", "4", "--batch", "1,2"]
         result = bench_llama.run_one(bench_llama.arguments(argv), "w4a16", ways)
         prefill, one, two = result["rows"]
         assert (prefill["kind"], one["kind"], one["batch"], two["batch"]) == ("prefill", "decode", 1, 2)
@@ -417,7 +417,13 @@ class TestBench:
     def test_command_line(self, capsys):
         options = bench_llama.arguments(["--size", "70b", "--mesh", "1,2", "--weights", "w4a16"])
         assert (options.config, options.mesh, options.weights) == (SIZES["70b"], (1, 2), ("w4a16",))
-        for argv in (["--size", "9b"], ["--weights", "int3"], ["--batch", "0"], ["--steps", "1"]):
+        for argv in (
+            ["--size", "9b"],
+            ["--weights", "int3"],
+            ["--batch", "0"],
+            ["--steps", "100"],
+            ["--prefill", "1"],
+        ):
             with pytest.raises(SystemExit):
                 bench_llama.arguments(argv)
         capsys.readouterr()
