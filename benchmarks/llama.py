@@ -1,0 +1,273 @@
+"""A Llama decoder in Flax NNX: bfloat16 or W4A16 linear layers, a KV cache, tensor parallelism.
+
+Decoding is one program for many tokens: a loop with a fixed number of steps over unrolled layers, so that XLA
+captures the whole step as a CUDA graph, and the cache is updated in place.
+
+Tensor parallelism runs the model inside `shard_map`, on one device's part of each weight: heads, the MLP's
+features and the vocabulary are split over the axis "model", and what a row split sums (o and down) is one
+float32 all-reduce each. So that a contiguous part holds whole heads, fused columns are ordered
+
+    qkv      [KV head, (query heads of its group, key, value), head_dim]
+    gate_up  [block, (gate, up), MLP_BLOCK]
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.llama_config import Config
+from jax_w4a16.nnx import W4A16Linear
+
+AXIS = "model"
+MLP_BLOCK = 64
+_F32 = jnp.float32
+
+# Of each layer, keys and values [batch x KV heads, position, head_dim]. In this form a product takes them as
+# they are; else XLA fuses a reshape with their update and copies the cache in every step.
+Cache = list[tuple[jax.Array, jax.Array]]
+
+
+def rotary(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [position, head_dim / 2], float32."""
+    frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_scaling:  # long waves are stretched by `factor`, short ones kept
+        factor, low, high, length = config.rope_scaling
+        kept = np.clip((length * frequency / (2 * np.pi) - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = positions[:, None].astype(_F32) * jnp.asarray(frequency, _F32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+class Norm(nnx.Module):
+    """x / rms(x) * scale, in two factors: x * scale, and 1 / rms(x), float32, for after the next product.
+
+    So the sum of squares, the residual sum before it and x * scale are one kernel.
+    """
+
+    def __init__(self, config: Config):
+        self.epsilon = config.epsilon
+        self.scale = nnx.Param(jnp.ones(config.hidden, config.dtype))
+
+    def __call__(self, x):
+        """x [..., hidden] -> the same, and [..., 1]."""
+        wide = x.astype(_F32)
+        factor = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale[...].astype(_F32)).astype(x.dtype), factor
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each after a norm; `ways` is the number of devices that share it."""
+
+    def __init__(self, config: Config, ways: int, rngs: nnx.Rngs):
+        self.config, self.ways = config, ways
+        c = config
+        self.norm_attention, self.norm_mlp = Norm(c), Norm(c)
+        make = functools.partial(_linear, c, c.packed, rngs=rngs)
+        features = c.heads * c.head_dim // ways
+        summed = None if ways == 1 else _F32
+        self.qkv = make(c.hidden, (c.heads + 2 * c.kv_heads) * c.head_dim // ways)
+        self.o = make(features, c.hidden, preferred_element_type=summed)
+        self.gate_up = make(c.hidden, 2 * c.mlp // ways)
+        self.down = make(c.mlp // ways, c.hidden, preferred_element_type=summed)
+
+    def __call__(self, x, keys, values, position, rotation):
+        """x [batch, tokens, hidden] -> the same, and the cache with these tokens' keys and values."""
+        scaled, factor = self.norm_attention(x)
+        qkv = self.qkv(scaled) * factor
+        out, keys, values = self._attend(qkv, keys, values, position, rotation)
+        x = x + self._sum(self.o(out))
+        scaled, factor = self.norm_mlp(x)
+        gate_up = (self.gate_up(scaled) * factor).reshape(*x.shape[:2], -1, 2, MLP_BLOCK)
+        out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
+        return x + self._sum(self.down(out)), keys, values
+
+    def _sum(self, x):
+        return x if self.ways == 1 else lax.psum(x, AXIS).astype(self.config.dtype)
+
+    def _attend(self, qkv, keys, values, position, rotation):
+        c = self.config
+        batch, tokens, group = *qkv.shape[:2], c.heads // c.kv_heads
+        qkv = qkv.reshape(batch, tokens, c.kv_heads // self.ways, group + 2, c.head_dim)
+        query = _rotate(qkv[..., :group, :], *rotation).astype(c.dtype)
+        key = _rotate(qkv[..., group, :], *rotation).astype(c.dtype)
+        value = qkv[..., -1, :].astype(c.dtype)
+        by_head = lambda a: a.swapaxes(1, 2).reshape(-1, tokens, c.head_dim)
+        keys = lax.dynamic_update_slice(keys, by_head(key), (0, position, 0))
+        values = lax.dynamic_update_slice(values, by_head(value), (0, position, 0))
+        if tokens > 1:  # a prompt, with nothing before it
+            query = query.reshape(batch, tokens, -1, c.head_dim)
+            out = jax.nn.dot_product_attention(
+                query, key, value, is_causal=True, implementation="cudnn" if c.attention == "cudnn" else "xla"
+            )
+        else:
+            query = query.reshape(-1, group, c.head_dim)
+            scores = jnp.einsum("hgd,htd->hgt", query, keys, preferred_element_type=_F32)
+            seen = jnp.arange(keys.shape[1]) <= position
+            scores = jnp.where(seen, scores / math.sqrt(c.head_dim), -jnp.inf)
+            weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+            out = jnp.einsum("hgt,htd->hgd", weights, values)
+        return out.reshape(batch, tokens, -1), keys, values
+
+
+def _linear(config: Config, packed: bool, k: int, n: int, *, rngs: nnx.Rngs, preferred_element_type=None):
+    shared = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.dtype, "rngs": rngs}
+    shared["preferred_element_type"] = preferred_element_type
+    if not packed:
+        return nnx.Linear(k, n, **shared)
+    return W4A16Linear(k, n, group_size=config.group_size, symmetric=config.symmetric, **shared)
+
+
+def _rotate(x, cos, sin):
+    """Rotates the pairs (i, i + head_dim / 2) of x [batch, token, ..., head_dim], float32."""
+    over_heads = lambda a: a.reshape(a.shape[0], *(1,) * (x.ndim - 3), 1, a.shape[1])
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    turned = halves[..., ::-1, :] * jnp.asarray([[-1], [1]], _F32)
+    return (halves * over_heads(cos) + turned * over_heads(sin)).reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graph, state, *args):
+    """One layer as a function: traced and lowered once for all the layers."""
+    return nnx.merge(graph, state)(*args)
+
+
+class Llama(nnx.Module):
+    """The decoder, or one device's part of it."""
+
+    def __init__(self, config: Config, ways: int = 1, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.ways = ways
+        kinds = {"dtype": c.dtype, "param_dtype": c.dtype, "rngs": rngs}
+        self.embed = nnx.Embed(c.vocab // ways, c.hidden, **kinds)
+        layers = [Layer(c, ways, rngs) for _ in range(c.layers)]
+        self.layers = nnx.List(layers) if hasattr(nnx, "List") else layers  # from flax 0.12 on
+        self.norm = Norm(c)
+        head = functools.partial(_linear, c, c.packed_head, rngs=rngs, preferred_element_type=_F32)
+        self.head = None if c.tied else head(c.hidden, c.vocab // ways)
+
+    def __call__(self, tokens, cache: Cache, position) -> tuple[jax.Array, Cache]:
+        """tokens [batch, n] at positions `position`... -> their hidden states, and the cache with them.
+
+        Several tokens must be a whole prompt, at position 0.
+        """
+        x = self._embed(tokens)
+        rotation = rotary(self.config, position + jnp.arange(tokens.shape[1]))
+        filled = []
+        for layer, (keys, values) in zip(self.layers, cache, strict=True):
+            x, keys, values = _run_layer(*nnx.split(layer), x, keys, values, position, rotation)
+            filled.append((keys, values))
+        return x, filled
+
+    def _embed(self, tokens):
+        if self.ways == 1:
+            return self.embed(tokens)
+        rows = self.config.vocab // self.ways
+        local = tokens - lax.axis_index(AXIS) * rows
+        mine = (local >= 0) & (local < rows)
+        found = self.embed(jnp.where(mine, local, 0))
+        return lax.psum(jnp.where(mine[..., None], found, 0), AXIS)
+
+    def logits(self, x) -> jax.Array:
+        """Hidden states [..., hidden] -> float32 logits [..., vocab], or this device's part of them."""
+        x, factor = self.norm(x)
+        if self.head is not None:
+            return self.head(x) * factor
+        embedding = self.embed.embedding[...]
+        return jnp.einsum("...k,nk->...n", x, embedding, preferred_element_type=_F32) * factor
+
+    def pick(self, x) -> tuple[jax.Array, jax.Array]:
+        """The likeliest token [batch] after hidden states [batch, hidden], and its logit."""
+        logits = self.logits(x)
+        best, token = logits.max(-1), logits.argmax(-1).astype(jnp.int32)
+        if self.ways == 1:
+            return token, best
+        top = lax.pmax(best, AXIS)
+        token = token + lax.axis_index(AXIS) * logits.shape[-1]
+        return lax.pmin(jnp.where(best == top, token, self.config.vocab), AXIS), top
+
+
+def prefill(model: Llama, cache: Cache, tokens) -> tuple[jax.Array, jax.Array, Cache]:
+    """A prompt [batch, n] -> the first token after it [batch], its logit, and the cache."""
+    hidden, cache = model(tokens, cache, 0)
+    return *model.pick(hidden[:, -1]), cache
+
+
+def decode(model: Llama, cache: Cache, token, position, *, steps: int) -> tuple[jax.Array, jax.Array, Cache]:
+    """From `token` [batch] at `position`: the next tokens [batch, steps], their logits, and the cache."""
+
+    def step(i, carry):
+        token, cache, tokens, logits = carry
+        hidden, cache = model(token[:, None], cache, position + i)
+        token, logit = model.pick(hidden[:, -1])
+        return token, cache, tokens.at[i].set(token), logits.at[i].set(logit)
+
+    tokens = jnp.zeros((steps, token.shape[0]), jnp.int32)
+    _, cache, tokens, logits = lax.fori_loop(0, steps, step, (token, cache, tokens, tokens.astype(_F32)))
+    return tokens.T, logits.T, cache
+
+
+def make_mesh(ways: int) -> Mesh | None:
+    """The first `ways` devices; None for one."""
+    if len(jax.devices()) < ways:
+        raise ValueError(f"mesh: expected at most {len(jax.devices())} devices, got {ways}")
+    return None if ways == 1 else Mesh(np.array(jax.devices()[:ways]), (AXIS,))
+
+
+def specs(config: Config) -> Any:
+    """How the model's state is split: a PartitionSpec for each array."""
+
+    def spec(path, leaf) -> P:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        axes: tuple[str | None, ...] = (None,) * len(leaf.shape)
+        if {"qkv", "gate_up", "head"} & set(names):
+            axes = (None, AXIS, None)[: len(leaf.shape)]
+        elif {"o", "down", "embed"} & set(names):
+            axes = (AXIS, None, None)[: len(leaf.shape)]
+        return P(*axes)
+
+    return jax.tree_util.tree_map_with_path(spec, abstract(config)[1])
+
+
+def abstract(config: Config, ways: int = 1) -> tuple[nnx.GraphDef, Any]:
+    """The model's structure, and its state with shapes in place of arrays; nothing is computed."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, ways, rngs=nnx.Rngs(0))))
+
+
+def empty_cache(config: Config, batch: int, length: int, mesh: Mesh | None = None) -> Cache:
+    """Zeros for `length` positions."""
+    shape = (batch * config.kv_heads, length, config.head_dim)
+    place = None if mesh is None else NamedSharding(mesh, P(AXIS))
+    zeros = lambda: jnp.zeros(shape, config.dtype, device=place)
+    return [(zeros(), zeros()) for _ in range(config.layers)]
+
+
+def program(config: Config, run: Callable, mesh: Mesh | None = None) -> Any:
+    """`run(model, cache, ...)` jitted as a function of (state, cache, ...); the cache is donated."""
+    ways = 1 if mesh is None else mesh.size
+    config.check_ways(ways)
+    graph, _ = abstract(config, ways)
+
+    def call(state, cache, *args):
+        return run(nnx.merge(graph, state), cache, *args)
+
+    if mesh is None:
+        return jax.jit(call, donate_argnums=1)
+    split = P(AXIS)
+
+    def mapped(state, cache, *args):
+        in_specs = (specs(config), split, *(P() for _ in args))
+        return jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=(P(), P(), split))(
+            state, cache, *args
+        )
+
+    return jax.jit(mapped, donate_argnums=1)

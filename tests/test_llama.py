@@ -1,0 +1,429 @@
+"""The Llama decoder of the benchmarks: against the reference, its cache, checkpoints, tensor parallelism."""
+
+import collections
+import dataclasses
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_w4a16
+from jax_w4a16 import QuantizedWeight
+from jax_w4a16 import nnx as layers
+
+# At the end: the installed package must be found before the repository's folder of that name.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+pytest.importorskip("flax")
+
+from benchmarks import bench_llama, llama, llama_weights
+from benchmarks.llama_config import SIZES, Config
+
+PROMPT, STEPS = 12, 200
+LENGTH = PROMPT + STEPS
+# In float32 nothing but the order of sums differs between implementations.
+CONFIG = dataclasses.replace(SIZES["tiny"], layers=3, packed=True, packed_head=True, dtype="float32")
+# Splits eight ways: by KV heads, by blocks of columns, and by blocks of 64 rows.
+WIDE = dataclasses.replace(CONFIG, layers=2, heads=16, kv_heads=8, head_dim=64, mlp=1024)
+
+
+@functools.cache
+def state_of(config, ways=1):
+    return llama_weights.random_state(config, llama.make_mesh(ways))
+
+
+def prompt_of(config, batch=1, length=PROMPT):
+    return jax.random.randint(jax.random.key(5), (batch, length), 0, config.vocab, "int32")
+
+
+def generate(config, state, ways=1, batch=1, steps=STEPS):
+    """Greedy tokens [batch, 1 + steps] after the prompt, and their logits."""
+    mesh = llama.make_mesh(ways)
+    cache = llama.empty_cache(config, batch, PROMPT + steps, mesh)
+    token, logit, cache = llama.program(config, llama.prefill, mesh)(state, cache, prompt_of(config, batch))
+    decode = llama.program(config, functools.partial(llama.decode, steps=steps), mesh)
+    tokens, logits, _ = decode(state, cache, token, PROMPT)
+    join = lambda first, rest: np.concatenate([np.asarray(first)[:, None], np.asarray(rest)], axis=1)
+    return join(token, tokens), join(logit, logits)
+
+
+def all_logits(config, state, tokens):
+    """Logits [batch, n, vocab] of whole sequences, by one pass without a cache."""
+    cache = llama.empty_cache(config, *tokens.shape)
+    read = lambda model, cache, tokens: model.logits(model(tokens, cache, 0)[0])
+    return np.asarray(llama.program(config, read)(state, cache, jnp.asarray(tokens)))
+
+
+def use_reference(monkeypatch):
+    monkeypatch.setattr(layers, "dot", functools.partial(jax_w4a16.dot, implementation="reference"))
+    monkeypatch.setattr(llama, "_run_layer", jax.jit(llama._run_layer.__wrapped__, static_argnums=0))
+
+
+class TestGeneration:
+    @pytest.mark.slow
+    def test_kernels_and_reference_choose_the_same_200_tokens(self, monkeypatch):
+        tokens, logits = generate(CONFIG, state_of(CONFIG))
+        kernel = all_logits(CONFIG, state_of(CONFIG), np.asarray(prompt_of(CONFIG)))
+        use_reference(monkeypatch)
+        expected, expected_logits = generate(CONFIG, state_of(CONFIG))
+        reference = all_logits(CONFIG, state_of(CONFIG), np.asarray(prompt_of(CONFIG)))
+        assert tokens.shape == (1, STEPS + 1)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_allclose(logits, expected_logits, rtol=1e-4)
+        assert (kernel != reference).any()  # they are two implementations
+        # The choices are no accident: the second best is further away than the two ever differ.
+        sequence = np.concatenate([prompt_of(CONFIG), tokens[:, :-1]], axis=1)
+        best = np.sort(all_logits(CONFIG, state_of(CONFIG), sequence)[0, PROMPT - 1 :], axis=-1)
+        assert (best[:, -1] - best[:, -2]).min() > 10 * np.abs(logits - expected_logits).max()
+        assert len(np.unique(tokens)) > 30
+
+    @pytest.mark.parametrize("packed", [True, False], ids=["w4a16", "float"])
+    def test_cache_equals_recomputation(self, packed):
+        config = dataclasses.replace(CONFIG, packed=packed, packed_head=packed)
+        tokens, logits = generate(config, state_of(config), batch=2, steps=40)
+        sequence = np.concatenate([prompt_of(config, 2), tokens[:, :-1]], axis=1)
+        again = all_logits(config, state_of(config), sequence)[:, PROMPT - 1 :]
+        np.testing.assert_allclose(again.max(-1), logits, rtol=1e-4)
+        np.testing.assert_array_equal(again.argmax(-1), tokens)
+
+    def test_sequences_of_a_batch_do_not_meet(self):
+        both, _ = generate(CONFIG, state_of(CONFIG), batch=2, steps=20)
+        prompt = prompt_of(CONFIG, 2)[1:]
+        cache = llama.empty_cache(CONFIG, 1, PROMPT + 20)
+        token, _, cache = llama.program(CONFIG, llama.prefill)(state_of(CONFIG), cache, prompt)
+        decode = llama.program(CONFIG, functools.partial(llama.decode, steps=20))
+        tokens, *_ = decode(state_of(CONFIG), cache, token, PROMPT)
+        np.testing.assert_array_equal(both[1], [*np.asarray(token), *np.asarray(tokens)[0]])
+
+    def test_bfloat16_is_close_to_float32(self):
+        config = dataclasses.replace(CONFIG, dtype="bfloat16")
+        half = jax.tree.map(lambda a: a.astype("bfloat16") if a.dtype == jnp.float32 else a, state_of(CONFIG))
+        sequence = np.asarray(prompt_of(CONFIG, 2, 40))
+        got = all_logits(config, half, sequence)
+        want = all_logits(CONFIG, jax.tree.map(_widen, half), sequence)
+        assert got.dtype == np.float32
+        assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
+
+    def test_decoding_updates_the_cache_in_place(self):
+        decode = llama.program(CONFIG, functools.partial(llama.decode, steps=4))
+        cache = llama.empty_cache(CONFIG, 3, 64)
+        text = decode.lower(state_of(CONFIG), cache, jnp.zeros(3, jnp.int32), 0).compile().as_text()
+        shape = f"f32[{3 * CONFIG.kv_heads},64,{CONFIG.head_dim}]"
+        assert shape in text
+        assert not [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line]
+
+
+def _widen(array):
+    return array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
+
+
+class TestTensorParallel:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("ways", [2, 8])
+    @pytest.mark.parametrize("packed", [True, False], ids=["w4a16", "float"])
+    def test_tokens_are_those_of_one_device(self, ways, packed):
+        config = dataclasses.replace(WIDE, packed=packed, packed_head=packed)
+        expected, expected_logits = generate(config, state_of(config), batch=2, steps=50)
+        tokens, logits = generate(config, state_of(config, ways), ways, batch=2, steps=50)
+        np.testing.assert_allclose(logits, expected_logits, rtol=1e-4)
+        np.testing.assert_array_equal(tokens, expected)
+
+    def test_collectives_of_a_step(self):
+        ways = 4
+        mesh = llama.make_mesh(ways)
+        decode = llama.program(WIDE, functools.partial(llama.decode, steps=4), mesh)
+        cache = llama.empty_cache(WIDE, 2, 64, mesh)
+        token = jnp.zeros(2, jnp.int32)
+        text = decode.lower(state_of(WIDE, ways), cache, token, 0).compile().as_text()
+        names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+        found = re.findall(rf" = (\w+)\S* ({names})(?:-start)?\(", text)
+        # Of each layer o and down; the embedding; the best logit and the token that has it.
+        assert collections.Counter(found) == {
+            ("f32", "all-reduce"): 2 * WIDE.layers + 2,
+            ("s32", "all-reduce"): 1,
+        }
+
+    def test_weights_and_cache_are_split(self):
+        mesh = llama.make_mesh(8)
+        arrays = jax.tree_util.tree_flatten_with_path(state_of(WIDE, 8))[0]
+        whole = [a for path, a in arrays if a.sharding.shard_shape(a.shape) == a.shape]
+        assert all(a.ndim == 1 for a in whole)  # norms
+        keys, values = llama.empty_cache(WIDE, 2, 16, mesh)[0]
+        assert {a.sharding.shard_shape(a.shape)[0] for a in (keys, values)} == {2}
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"kv_heads": 4}, "KV heads: expected a multiple of 8"),
+            ({"vocab": 520}, "vocabulary: expected a multiple of 128"),
+            ({"mlp": 1024 + 128}, "MLP features: expected a multiple of 512"),
+            ({"group_size": 256}, "attention features: expected a multiple of 2048"),
+        ],
+    )
+    def test_what_does_not_split_is_refused(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            llama.program(dataclasses.replace(WIDE, **changes), llama.prefill, llama.make_mesh(8))
+
+
+def hugging_face_attention(config, w, x):
+    """One attention layer as Hugging Face has it, with unfused weights [K, N], in float64."""
+    n, d, group = x.shape[0], config.head_dim, config.heads // config.kv_heads
+    inverse = config.rope_theta ** -(np.arange(0, d, 2) / d)
+    angle = np.arange(n)[:, None] * np.concatenate([inverse, inverse])
+    turn = lambda a: np.concatenate([-a[..., d // 2 :], a[..., : d // 2]], -1)
+    rope = lambda a: a * np.cos(angle)[:, None] + turn(a) * np.sin(angle)[:, None]
+    split = lambda a: a.reshape(n, -1, d)
+    q, k, v = rope(split(x @ w["q"])), rope(split(x @ w["k"])), split(x @ w["v"])
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d)
+    scores = np.where(np.tril(np.ones((n, n))), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hqk,khd->qhd", weights, v).reshape(n, -1) @ w["o"]
+
+
+def tensors_of(config, packed=True, symmetric=True):
+    """A checkpoint's tensors, as `jax_w4a16.checkpoint.load` returns them, and their values [K, N]."""
+    random = np.random.default_rng(3)
+    queries, pairs = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    tensors, values = {}, {}
+
+    def linear(name, k, n):
+        w = jnp.asarray(random.normal(size=(k, n)) / np.sqrt(k), jnp.float32)
+        if packed:
+            options = {"group_size": config.group_size, "symmetric": symmetric}
+            tensors[name] = jax_w4a16.quantize(w, scale_dtype="float32", **options)
+            w = tensors[name].dequantize("float32")
+        else:
+            tensors[f"{name}.weight"] = w.T
+        values[name] = np.asarray(w, np.float64)
+
+    def plain(name, *shape):
+        tensors[name] = jnp.asarray(random.normal(size=shape), jnp.float32)
+        values[name] = np.asarray(tensors[name], np.float64)
+
+    for i in range(config.layers):
+        at = f"model.layers.{i}"
+        for name, n in (("q", queries), ("k", pairs), ("v", pairs)):
+            linear(f"{at}.self_attn.{name}_proj", config.hidden, n)
+        linear(f"{at}.self_attn.o_proj", queries, config.hidden)
+        for name in ("gate", "up"):
+            linear(f"{at}.mlp.{name}_proj", config.hidden, config.mlp)
+        linear(f"{at}.mlp.down_proj", config.mlp, config.hidden)
+        plain(f"{at}.input_layernorm.weight", config.hidden)
+        plain(f"{at}.post_attention_layernorm.weight", config.hidden)
+    plain("model.norm.weight", config.hidden)
+    plain("model.embed_tokens.weight", config.vocab, config.hidden)
+    if not config.tied:
+        plain("lm_head.weight", config.vocab, config.hidden)
+    return tensors, values
+
+
+def hugging_face(config, values, tokens):
+    """Logits [n, vocab] of one sequence in float64, from a checkpoint's values."""
+    x = values["model.embed_tokens.weight"][tokens]
+    norm = lambda x, name: (
+        x / np.sqrt((x**2).mean(-1, keepdims=True) + config.epsilon) * values[f"{name}.weight"]
+    )
+    for i in range(config.layers):
+        at = f"model.layers.{i}"
+        w = {name: values[f"{at}.self_attn.{name}_proj"] for name in "qkvo"}
+        x = x + hugging_face_attention(config, w, norm(x, f"{at}.input_layernorm"))
+        y = norm(x, f"{at}.post_attention_layernorm")
+        gate, up = (y @ values[f"{at}.mlp.{name}_proj"] for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ values[f"{at}.mlp.down_proj"]
+    head = values["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
+    return norm(x, "model.norm") @ head.T
+
+
+class TestCheckpoint:
+    BASE = dataclasses.replace(CONFIG, layers=2, packed_head=False)
+
+    @pytest.mark.parametrize(
+        ("packed", "symmetric", "tied"), [(True, True, False), (True, False, True), (False, True, False)]
+    )
+    def test_logits_are_those_of_a_plain_decoder(self, packed, symmetric, tied):
+        config = dataclasses.replace(self.BASE, packed=packed, tied=tied)
+        tensors, values = tensors_of(config, packed, symmetric)
+        config = llama_weights.checkpoint_config(config, tensors)
+        assert (config.symmetric, config.tied, config.packed_head) == (symmetric, tied, False)
+        state = llama_weights.checkpoint_state(config, tensors)
+        tokens = np.asarray(prompt_of(config))
+        want = hugging_face(config, values, tokens[0])
+        np.testing.assert_allclose(all_logits(config, state, tokens)[0], want, rtol=1e-3, atol=1e-3)
+
+    def test_codes_stay_packed_and_split(self):
+        tensors, _ = tensors_of(WIDE)
+        config = llama_weights.checkpoint_config(WIDE, tensors)
+        config = dataclasses.replace(config, group_size=32)
+        one = generate(config, llama_weights.checkpoint_state(config, tensors), steps=20)
+        state = llama_weights.checkpoint_state(config, tensors, llama.make_mesh(4))
+        four = generate(config, state, 4, steps=20)
+        np.testing.assert_array_equal(one[0], four[0])
+        assert {a.dtype for a in jax.tree.leaves(state)} == {jnp.dtype("uint32"), jnp.dtype("float32")}
+
+    def test_the_other_form_is_made_where_asked_for(self):
+        packed, values = tensors_of(self.BASE)
+        floats = dataclasses.replace(self.BASE, packed=False)
+        state = llama_weights.checkpoint_state(llama_weights.checkpoint_config(floats, packed), packed)
+        tokens = np.asarray(prompt_of(floats))
+        want = hugging_face(floats, values, tokens[0])
+        np.testing.assert_allclose(all_logits(floats, state, tokens)[0], want, rtol=1e-3, atol=1e-3)
+        plain = {
+            (f"{name}.weight" if isinstance(w, QuantizedWeight) else name): (
+                w.dequantize().T if isinstance(w, QuantizedWeight) else w
+            )
+            for name, w in packed.items()
+        }
+        state = llama_weights.checkpoint_state(self.BASE, plain)
+        assert jnp.dtype("uint32") in {a.dtype for a in jax.tree.leaves(state)}
+
+    def test_what_does_not_fit_is_named(self):
+        tensors, _ = tensors_of(self.BASE)
+        tensors["model.norm.weight"] = jnp.zeros(3)
+        with pytest.raises(ValueError, match=r"norm\.scale: expected shape \(256,\), got \(3,\)"):
+            llama_weights.checkpoint_state(self.BASE, tensors)
+        del tensors["model.norm.weight"]
+        with pytest.raises(KeyError, match=r"model\.norm\.weight"):
+            llama_weights.checkpoint_state(self.BASE, tensors)
+        tensors["model.layers.0.self_attn.q_proj"] = jax_w4a16.quantize(jnp.ones((256, 256)), group_size=64)
+        with pytest.raises(ValueError, match="one group size"):
+            llama_weights.checkpoint_config(self.BASE, tensors)
+
+
+LLAMA_3_1 = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+class TestConfig:
+    def file(self, folder, **changes):
+        path = folder / "config.json"
+        path.write_text(json.dumps(LLAMA_3_1 | changes))
+        return path
+
+    def test_sizes_are_those_of_the_models(self, tmp_path):
+        config = Config.from_file(self.file(tmp_path, rope_scaling=None))
+        assert config == SIZES["8b"]
+        # Parameters, in thousands of millions, as published.
+        for name, billions in (("1b", 1.24), ("8b", 8.03), ("70b", 70.55)):
+            leaves = jax.tree.leaves(llama.abstract(SIZES[name])[1])
+            assert sum(leaf.size for leaf in leaves) == pytest.approx(billions * 1e9, rel=5e-3)
+
+    def test_rotary_scaling(self, tmp_path):
+        config = Config.from_file(self.file(tmp_path))
+        assert config.rope_scaling == (8.0, 1.0, 4.0, 8192.0)
+        plain = dataclasses.replace(config, rope_scaling=None)
+        angles = [np.arctan2(*reversed(llama.rotary(c, jnp.ones(1)))) for c in (config, plain)]
+        scaled, original = (np.asarray(a[0], np.float64) for a in angles)
+        np.testing.assert_allclose(scaled[:29], original[:29], rtol=1e-5)  # waves below 2,048 tokens
+        np.testing.assert_allclose(scaled[35:], original[35:] / 8, rtol=1e-5)  # waves above 8,192
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"model_type": "gpt2"},
+            {"attention_bias": True},
+            {"sliding_window": 4096},
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+        ],
+    )
+    def test_other_architectures_are_refused(self, tmp_path, changes):
+        with pytest.raises(ValueError, match="expected a Llama"):
+            Config.from_file(self.file(tmp_path, **changes))
+
+
+def row(weights="w4a16", mesh=1, kind="decode", batch=1, rate=100.0):
+    return {
+        "weights": weights,
+        "mesh": mesh,
+        "kind": kind,
+        "batch": batch,
+        "tokens": 2048,
+        "tokens_per_s": rate,
+        "step_ms": 1.0,
+        "first_token_ms": 20.0,
+        "read_gb_per_s": 3000.0,
+        "weight_bytes": 5e9,
+        "cache_bytes": 1e9,
+        "temporary_bytes": None,
+        "peak_bytes_device0": None,
+    }
+
+
+class TestBench:
+    def test_ratios_and_bars(self):
+        rows = [row("bf16", rate=40.0), row(), row("bf16", kind="prefill"), row(kind="prefill", rate=90.0)]
+        found = {r["what"]: (r["ratio"], r["bar"]) for r in bench_llama.ratios(rows, "8b")}
+        assert found["decode, batch 1, mesh 1: w4a16 over bf16"] == (2.5, 2.8)
+        assert found["prefill, batch 1, mesh 1: w4a16 over bf16"] == (0.9, 0.95)
+        found = bench_llama.ratios([row(), row(mesh=2, rate=170.0)], "70b")
+        assert [(r["ratio"], r["bar"]) for r in found] == [(1.7, 1.6)]
+        assert [r["bar"] for r in bench_llama.ratios(rows, "tiny")] == [None, None]
+
+    def test_wrong_tokens_are_noticed(self):
+        config = SIZES["tiny"]
+        bench_llama.check((np.array([0, 511]), np.ones(2)), config)
+        for tokens, logits in (([512], [1.0]), ([-1], [1.0]), ([3], [np.nan]), ([3], [np.inf])):
+            with pytest.raises(RuntimeError, match="wrong tokens"):
+                bench_llama.check((np.array(tokens), np.array(logits)), config)
+
+    @pytest.mark.parametrize("ways", [1, 2])
+    def test_run_measures_what_it_says(self, ways, capsys):
+        argv = ["--size", "tiny", "--prefill", "16", "--context", "8", "--steps", "4", "--batch", "1,2"]
+        result = bench_llama.run_one(bench_llama.arguments(argv), "w4a16", ways)
+        prefill, one, two = result["rows"]
+        assert (prefill["kind"], one["kind"], one["batch"], two["batch"]) == ("prefill", "decode", 1, 2)
+        config = dataclasses.replace(SIZES["tiny"], packed=True, packed_head=True)
+        assert one["weight_bytes"] == sum(
+            a.size * a.dtype.itemsize for a in jax.tree.leaves(llama.abstract(config)[1])
+        )
+        assert one["cache_bytes"] == 2 * config.layers * config.kv_heads * 12 * config.head_dim * 2
+        assert two["cache_bytes"] == 2 * one["cache_bytes"]
+        assert one["repeatable"]
+        assert "jax" in result["header"]
+        capsys.readouterr()
+
+    def test_plot_and_table(self, tmp_path, capsys):
+        header = {"device": "a card", "size": "8b", "jax": "1", "attention": "xla"}
+        rows = [row(weights, kind=kind) for weights in ("bf16", "w4a16") for kind in ("prefill", "decode")]
+        bench_llama.show(header, rows, bench_llama.ratios(rows, "8b"))
+        assert "1.00x, to reach 2.8: MISSED" in capsys.readouterr().out
+        pytest.importorskip("matplotlib")
+        bench_llama.draw(header, rows, tmp_path / "plot.svg")
+        assert "a card" in (tmp_path / "plot.svg").read_text()
+
+    def test_command_line(self, capsys):
+        options = bench_llama.arguments(["--size", "70b", "--mesh", "1,2", "--weights", "w4a16"])
+        assert (options.config, options.mesh, options.weights) == (SIZES["70b"], (1, 2), ("w4a16",))
+        for argv in (
+            ["--size", "9b"],
+            ["--weights", "int3"],
+            ["--batch", "0"],
+            ["--steps", "100"],
+            ["--prefill", "1"],
+        ):
+            with pytest.raises(SystemExit):
+                bench_llama.arguments(argv)
+        capsys.readouterr()
