@@ -66,7 +66,7 @@ def persistent_waves(config: dict, n: int, m: int) -> float:
         waves = min(waves, full + 0.56 * ceil_div(2 * rest, clusters))
     row_blocks = config["tile_n"] // 64
     columns = full * clusters // tiles_m
-    fewest = {4: 2, 5: 3}.get(row_blocks, row_blocks)
+    fewest = 2 if row_blocks == 4 else 3 if row_blocks == 5 else row_blocks
     for rows in range(fewest, row_blocks if config["cluster_n"] == 1 else 0):
         cut = (columns + ceil_div(ceil_div(n, 64) - columns * row_blocks, rows)) * tiles_m
         if cut <= (full + 1) * clusters:

@@ -97,6 +97,9 @@ def test_under_eval_shape():
     assert shapes["layers"]["up"]["weight"].qweight.shape == (LAYERS, 2, 2, 128)
 
 
+WATCHED = (320, 528)  # no other test leaves arrays of this shape behind
+
+
 class Watch(_progress.Progress):
     """Looks at the memory after each weight."""
 
@@ -105,7 +108,7 @@ class Watch(_progress.Progress):
         self.seen.append([])
 
     def step(self, text):
-        live = [a for a in jax.live_arrays() if a.dtype == jnp.float32 and a.shape == (256, 512)]
+        live = [a for a in jax.live_arrays() if a.dtype == jnp.float32 and a.shape == WATCHED]
         self.seen[-1].append((text, len(live)))
         super().step(text)
 
@@ -123,11 +126,11 @@ def test_one_weight_is_in_flight_at_a_time(monkeypatch):
 
     monkeypatch.setattr(_model, "_one", watched)
     draw = lambda *shape: np.random.default_rng(0).standard_normal(shape, np.float32)
-    model = {f"w{i}": draw(256, 512) for i in range(6)}
+    model = {f"w{i}": draw(*WATCHED) for i in range(6)}
     got = quantize_model(model, Rule(search="mse"))
     assert len(got) == len(begun) == 6
     assert Watch.seen == [[(f"w{i}", 0) for i in range(6)]]
-    stack = quantize_model({"s": draw(5, 256, 512)}, Rule(search="mse"))["s"].validate()
+    stack = quantize_model({"s": draw(5, *WATCHED)}, Rule(search="mse"))["s"].validate()
     assert len(begun) == 6 + 5
     equal(jax.tree.map(lambda a: a[0], stack), got["w0"])
 
@@ -135,8 +138,8 @@ def test_one_weight_is_in_flight_at_a_time(monkeypatch):
 def test_donated_weights_go_one_by_one(monkeypatch):
     Watch.seen = []
     monkeypatch.setattr(_progress, "Progress", Watch)
-    twice = normal(256, 512, seed=9)
-    model = {f"w{i}": normal(256, 512, seed=i) for i in range(4)} | {
+    twice = normal(*WATCHED, seed=9)
+    model = {f"w{i}": normal(*WATCHED, seed=i) for i in range(4)} | {
         "x": twice,
         "y": twice,
         "bias": normal(8),
