@@ -17,15 +17,16 @@ check() { # check LABEL WANTED_STATUS COMMAND...
   log=$(mktemp)
   "$@" >"$log" 2>&1
   local status=$?
-  local found
-  found=$(grep -c -E '=========  *(Invalid|Error|Race|Potential)' "$log")
   local summary
   summary=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -1 | sed 's/========= //')
   if { [ "$wanted" = clean ] && [ $status -eq 0 ]; } || { [ "$wanted" = faulty ] && [ $status -ne 0 ]; }; then
     echo "ok      $label: ${summary:-exit status $status} $(grep -E '^fuzz:' "$log")"
   else
-    echo "FAILED  $label: wanted $wanted, exit status $status, $found findings"
-    head -60 "$log"
+    echo "FAILED  $label: wanted $wanted, exit status $status ${summary:-} $(grep -E '^fuzz:' "$log")"
+    # Every kind of finding once, with how often: what was found, and the code that the tool blames.
+    grep -E '^=========  *(Warning|Error|Invalid|Program|Write|Read|Access|at |by )' "$log" |
+      sed -E 's/0x[0-9a-f]+|\([0-9]+,[0-9]+,[0-9]+\)/./g' | sort | uniq -c | sort -rn | head -40
+    head -20 "$log"
     failed=1
   fi
   rm -f "$log"
