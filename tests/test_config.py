@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from jax_w4a16 import _w4a16
 
 sys.path.append(str(Path(__file__).parent.parent))
-from benchmarks import fit_costs
+from benchmarks import fit_costs, report, store
 
 HOPPER = {"compute_capability": 90, "num_sms": 132}
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672), (576, 2112)]
@@ -92,6 +93,22 @@ def test_small_m_decodes_and_large_m_uses_wgmma():
     large, _ = _w4a16.select(**problem(4096, 4096, 4096), **HOPPER)
     assert family[small] == "decode"
     assert family[large] in ("wgmma", "persistent", "cutlass")
+
+
+@pytest.mark.parametrize(
+    ("file", "most", "worst"), [("h200_sweep.json", 1.05, 1.15), ("h200_other_shapes.json", 1.1, 1.3)]
+)
+def test_choices_are_near_the_best_measured(file, most, worst):
+    """Against every configuration's time on an H200; the second file's shapes are not those of the fit."""
+    losses = {}
+    for row in json.loads((store.RESULTS / file).read_text())["rows"]:
+        n, k, m, dtype = (row[name] for name in ("N", "K", "M", "dtype"))
+        chosen, _ = _w4a16.select(**problem(m, n, k, x_dtype=dtype, out_dtype=dtype), **HOPPER)
+        us = row["us"].get(chosen, row["slow_us"].get(chosen))
+        losses[n, k, m, dtype] = us / row["us"][row["best"]]
+    assert len(losses) >= 40
+    assert report.geomean(losses.values()) <= most
+    assert max(losses.values()) <= worst, max(losses, key=losses.get)
 
 
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, (100, 200), (96, 100), (12, 64)])
