@@ -2,40 +2,10 @@
 
 #include "cuda_status.h"
 #include "gemm_wgmma.cuh"
+#include "tensor_map.h"
 
 namespace w4a16 {
 namespace {
-
-// The driver's encoder, looked up at run time so that the library does not link to libcuda.
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-Status FindEncodeTiled(EncodeTiled* encode) {
-  void* symbol = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess) return ToStatus(error, "cudaGetDriverEntryPointByVersion");
-  if (found != cudaDriverEntryPointSuccess)
-    return Status::Unsupported("the driver has no cuTensorMapEncodeTiled");
-  *encode = reinterpret_cast<EncodeTiled>(symbol);
-  return {};
-}
-
-// x as tiles of 64 values of K by `tile_m` tokens; what lies outside x reads as zero.
-Status EncodeX(EncodeTiled encode, const Problem& p, const void* x, int tile_m, CUtensorMap* map) {
-  const cuuint64_t extents[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.m)};
-  const cuuint64_t strides_bytes[] = {static_cast<cuuint64_t>(p.k) * 2};
-  const cuuint32_t box[] = {kBlockK, static_cast<cuuint32_t>(tile_m)};
-  const cuuint32_t steps[] = {1, 1};
-  const CUtensorMapDataType type =
-      p.x_dtype == W4A16_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(map, type, 2, const_cast<void*>(x), extents, strides_bytes, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result == CUDA_SUCCESS) return {};
-  return Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(result));
-}
 
 // Sums are scaled where the line has it compiled in, groups are made of whole blocks, and results
 // need not be the same for every tile, to the bit.
@@ -57,10 +27,9 @@ Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaS
   if (tiles_n * tiles_m * config.split_k > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles for one grid");
 
-  EncodeTiled encode = nullptr;
-  if (Status s = FindEncodeTiled(&encode); !s.ok()) return s;
   CUtensorMap x_map;
-  if (Status s = EncodeX(encode, p, o.x, config.tile_m, &x_map); !s.ok()) return s;
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x_map); !s.ok())
+    return s;
 
   const WgmmaParams params = {
       .qweight = o.qweight,
