@@ -564,7 +564,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   const int rank = blockIdx.x % Shape::kSplitK;
   constexpr int kProducerWarp = Shape::kConsumers / 32;
   if (warp == kProducerWarp) {
-    if (ptx::ElectOne()) {
+    const bool elected = ptx::ElectOne();
+    if (elected) {
       ptx::PrefetchTensorMap(&x_map);
       for (int i = 0; i < Shape::kStages; ++i) {
         ptx::MbarrierInit(Shape::Full(shared, i), 1);
@@ -572,12 +573,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       }
       ptx::MbarrierInit(Shape::Received(shared), 1);
       ptx::FenceMbarrierInit();
-      if (Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
-        ptx::MbarrierArriveExpectTx(
-            Shape::Received(shared),
-            (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
     }
-    __syncwarp();
+    __syncwarp();  // for racecheck too, which blames the warp's last lane for the initialisation
+    if (elected && Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
+      ptx::MbarrierArriveExpectTx(
+          Shape::Received(shared),
+          (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
   }
   if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
   // The producer starts at once; the others wait for its barriers.
