@@ -76,6 +76,7 @@ class Bench:
             packed=packed,
             packed_head=packed and not options.float_head and not options.config.tied,
             attention=options.attention,
+            decode_attention=options.decode_attention if jax.default_backend() == "gpu" else "xla",
         )
         self.mesh = llama.make_mesh(ways)
         if options.checkpoint:
@@ -348,6 +349,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a folder with config.json; default: random weights")
     parser.add_argument("--float-head", action="store_true", help="keep the last layer's weight in bfloat16")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of the prefill")
+    parser.add_argument(
+        "--decode-attention", choices=("xla", "pallas"), default="pallas", help="of a decoding step"
+    )
     parser.add_argument("--output", type=Path, default=store.RESULTS / "llama.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in this process
     options = parser.parse_args(argv)

@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import llama_attention
 from benchmarks.llama_config import Config
 from jax_w4a16.nnx import W4A16Linear
 
@@ -48,9 +49,10 @@ def rotary(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Norm(nnx.Module):
-    """x / rms(x) * scale, in two factors: x * scale, and 1 / rms(x), float32, for after the next product.
+    """x / rms(x) * scale, in two factors: x * scale, and `factor` of the mean square, for after a product.
 
-    So the sum of squares, the residual sum before it and x * scale are one kernel.
+    So the sum of squares, the residual sum before it and x * scale are one kernel; the factor, which depends
+    on all of a row, is part of a later one.
     """
 
     def __init__(self, config: Config):
@@ -58,10 +60,14 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.hidden, config.dtype))
 
     def __call__(self, x):
-        """x [..., hidden] -> the same, and [..., 1]."""
+        """x [..., hidden] -> the same, and the mean square, float32 [..., 1]."""
         wide = x.astype(_F32)
-        factor = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.scale[...].astype(_F32)).astype(x.dtype), factor
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * self.scale[...].astype(_F32)).astype(x.dtype), square
+
+    def factor(self, square):
+        """1 / rms(x)."""
+        return lax.rsqrt(square + self.epsilon)
 
 
 class Layer(nnx.Module):
@@ -81,18 +87,41 @@ class Layer(nnx.Module):
 
     def __call__(self, x, keys, values, position, rotation):
         """x [batch, tokens, hidden] -> the same, and the cache with these tokens' keys and values."""
-        scaled, factor = self.norm_attention(x)
-        qkv = self.qkv(scaled) * factor
-        out, keys, values = self._attend(qkv, keys, values, position, rotation)
+        scaled, square = self.norm_attention(x)
+        qkv = self.qkv(scaled)
+        if self.config.decode_attention == "pallas" and x.shape[1] == 1:
+            out, keys, values = self._attend_one(qkv, square, keys, values, position, rotation)
+        else:
+            qkv = qkv * self.norm_attention.factor(square)
+            out, keys, values = self._attend(qkv, keys, values, position, rotation)
         x = x + self._sum(self.o(out))
-        scaled, factor = self.norm_mlp(x)
-        gate_up = (self.gate_up(scaled) * factor).reshape(*x.shape[:2], -1, 2, MLP_BLOCK)
+        scaled, square = self.norm_mlp(x)
+        gate_up = (self.gate_up(scaled) * self.norm_mlp.factor(square)).reshape(
+            *x.shape[:2], -1, 2, MLP_BLOCK
+        )
         out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
         return x + self._sum(self.down(out)), keys, values
 
     def _sum(self, x):
         return x if self.ways == 1 else lax.psum(x, AXIS).astype(self.config.dtype)
+
+    def _attend_one(self, qkv, square, keys, values, position, rotation):
+        c = self.config
+        heads = qkv.reshape(keys.shape[0], -1, c.head_dim)
+        cos, sin = (a[0] for a in rotation)
+        out, keys, values = llama_attention.attend(
+            heads,
+            square.reshape(-1),
+            cos,
+            sin,
+            keys,
+            values,
+            position,
+            epsilon=c.epsilon,
+            interpret=jax.default_backend() == "cpu",
+        )
+        return out.reshape(*qkv.shape[:2], -1), keys, values
 
     def _attend(self, qkv, keys, values, position, rotation):
         c = self.config
@@ -179,7 +208,8 @@ class Llama(nnx.Module):
 
     def logits(self, x) -> jax.Array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab], or this device's part of them."""
-        x, factor = self.norm(x)
+        x, square = self.norm(x)
+        factor = self.norm.factor(square)
         if self.head is not None:
             return self.head(x) * factor
         embedding = self.embed.embedding[...]

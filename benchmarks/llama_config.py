@@ -27,6 +27,7 @@ class Config:
     symmetric: bool = True
     dtype: str = "bfloat16"
     attention: str = "xla"  # or "cudnn", for a prompt
+    decode_attention: str = "xla"  # or "pallas": one kernel (GPUs alone)
 
     @classmethod
     def from_file(cls, path: Path) -> "Config":

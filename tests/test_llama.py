@@ -92,6 +92,16 @@ class TestGeneration:
         np.testing.assert_allclose(again.max(-1), logits, rtol=1e-4)
         np.testing.assert_array_equal(again.argmax(-1), tokens)
 
+    @pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["four queries", "two queries"])
+    def test_one_kernel_of_attention_chooses_the_same_tokens(self, config):
+        state = state_of(config)
+        tokens, logits = generate(config, state, batch=2, steps=70)
+        one = dataclasses.replace(config, decode_attention="pallas")
+        got, got_logits = generate(one, state, batch=2, steps=70)
+        np.testing.assert_array_equal(got, tokens)
+        np.testing.assert_allclose(got_logits, logits, rtol=1e-4)
+        assert (got_logits != logits).any()  # they are two implementations
+
     def test_sequences_of_a_batch_do_not_meet(self):
         both, _ = generate(CONFIG, state_of(CONFIG), batch=2, steps=20)
         prompt = prompt_of(CONFIG, 2)[1:]
