@@ -48,6 +48,28 @@ constexpr Config kConfigs[] = {
    .schedule = Schedule::k##SCHEDULE,                                          \
    .scheduler = Scheduler::k##SCHEDULER,                                       \
    W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_RAGGED_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                      \
+  {.name =                                                                                      \
+       "ragged_decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kDecode,                                                                   \
+   .tile_n = N,                                                                                 \
+   .tile_m = M,                                                                                 \
+   .blocks = BLOCKS,                                                                            \
+   .warps = WARPS,                                                                              \
+   .team = TEAM,                                                                                \
+   .stages = STAGES,                                                                            \
+   .split_k = SPLIT,                                                                            \
+   .ragged = true,                                                                              \
+   W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)           \
+  {.name = "ragged_wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kWgmma,                                   \
+   .tile_n = N,                                                \
+   .tile_m = M,                                                \
+   .stages = STAGES,                                           \
+   .split_k = SPLIT,                                           \
+   .ragged = true,                                             \
+   W4A16_COSTS(__VA_ARGS__)},
 #include "configs.inc"
 #undef W4A16_COSTS
 #undef W4A16_DECODE
@@ -123,9 +145,8 @@ bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& conf
   return IsInvariantDecode(config);
 }
 
-}  // namespace
-
-Status CanImplement(const Problem& p, const Device& device, const Config& config) {
+// What a kernel asks of a problem, ragged or not.
+Status CanServe(const Problem& p, const Device& device, const Config& config) {
   const int cc = device.compute_capability;
   if (p.x_dtype == W4A16_F32)
     return Refuse(config, "x is float32; CUDA kernels take float16 or bfloat16");
@@ -151,6 +172,18 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   if (config.family != Family::kWgmma && p.group_size < p.k && p.group_size % kBlockK != 0)
     return Refuse(config, "group size is not a multiple of 64");
   return {};
+}
+
+}  // namespace
+
+Status CanImplement(const Problem& p, const Device& device, const Config& config) {
+  if (config.ragged) return Refuse(config, "serves ragged products alone");
+  return CanServe(p, device, config);
+}
+
+Status CanImplementRagged(const Problem& p, const Device& device, const Config& config) {
+  if (!config.ragged) return Refuse(config, "does not serve ragged products");
+  return CanServe(p, device, config);
 }
 
 // What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of CUTLASS counts

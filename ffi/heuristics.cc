@@ -64,4 +64,23 @@ Status Select(const Problem& problem, const Device& device, int64_t workspace_li
   return {};
 }
 
+Status SelectRagged(const Problem& problem, int64_t experts, const Device& device,
+                    const Config** config) {
+  std::string refusals;
+  const Config* best = nullptr;
+  for (int i = 0; i < NumConfigs(); ++i) {
+    const Config& candidate = ConfigAt(i);
+    if (!candidate.ragged) continue;
+    if (Status s = CanImplementRagged(problem, device, candidate); !s.ok()) {
+      refusals += "\n  " + s.message();
+      continue;
+    }
+    best = &candidate;
+  }
+  if (best == nullptr)
+    return Status::Unsupported("no kernel serves this ragged product:" + refusals);
+  *config = best;
+  return {};
+}
+
 }  // namespace w4a16

@@ -375,10 +375,10 @@ __device__ __forceinline__ void TeamBarrier(int team) {
   }
 }
 
+// Rows n0 .. of the weight times tokens m0 .. : the work of the cluster's CTA `rank`.
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
           int kParts>
-__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
-    DecodeKernel(const __grid_constant__ DecodeParams p) {
+__device__ __forceinline__ void DecodeTile(const DecodeParams& p, int n0, int m0, int rank) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
@@ -387,13 +387,6 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   const int lane = threadIdx.x % 32, thread = threadIdx.x % (32 * kTeam), member = thread / 32;
   const int team = threadIdx.x / (32 * kTeam), num_teams = blockDim.x / (32 * kTeam);
   const int log2_split = p.log2_split_k, split = 1 << log2_split;
-  const int rank = blockIdx.x & (split - 1);
-  int tile_n = blockIdx.x >> log2_split, tile_m = 0;
-  if (p.tiles_m > 1) {
-    tile_m = tile_n % p.tiles_m;
-    tile_n /= p.tiles_m;
-  }
-  const int n0 = tile_n * kTileN, m0 = tile_m * kTileM;
 
   // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
@@ -500,6 +493,20 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     StoreOut<T>(p, m0 + token, n0 + 4 * quad,
                 SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
   }
+}
+
+template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
+          int kParts>
+__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
+    DecodeKernel(const __grid_constant__ DecodeParams p) {
+  const int rank = blockIdx.x & ((1 << p.log2_split_k) - 1);
+  int tile_n = blockIdx.x >> p.log2_split_k, tile_m = 0;
+  if (p.tiles_m > 1) {
+    tile_m = tile_n % p.tiles_m;
+    tile_n /= p.tiles_m;
+  }
+  DecodeTile<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kParts>(p, tile_n * kTileN,
+                                                                         tile_m * kTileM, rank);
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>

@@ -50,4 +50,18 @@ Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaSt
   return Status::Internal(std::string(config->name) + ": unknown family");
 }
 
+Status RunRaggedCuda(const Problem& p, const Experts& e, const Operands& o, const Config* config,
+                     cudaStream_t stream) {
+  if (p.m == 0 || p.n == 0) return {};
+  Device device;
+  if (Status s = CurrentDevice(&device); !s.ok()) return s;
+  if (config == nullptr) {
+    if (Status s = SelectRagged(p, e.count, device, &config); !s.ok()) return s;
+  } else if (Status s = CanImplementRagged(p, device, *config); !s.ok()) {
+    return s;
+  }
+  return config->family == Family::kDecode ? RunRaggedDecode(p, e, o, *config, stream)
+                                           : RunRaggedWgmma(p, e, o, *config, stream);
+}
+
 }  // namespace w4a16
