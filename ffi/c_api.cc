@@ -223,7 +223,7 @@ w4a16_status w4a16_ragged_can_implement(const w4a16_problem* problem, int64_t ex
     if (Status s = CheckCall(problem, experts, device, "device"); !s.ok()) return s;
     const Config* found = nullptr;
     if (Status s = LookUp(config, &found); !s.ok()) return s;
-    return CanImplementRagged(*problem, *device, *found);
+    return CanImplementRagged(*problem, experts, *device, *found);
   });
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 
-#include "cuda/decode.h"
+#include "cuda/ragged_decode.h"
 
 namespace w4a16 {
 namespace {
@@ -48,18 +48,15 @@ constexpr Config kConfigs[] = {
    .schedule = Schedule::k##SCHEDULE,                                          \
    .scheduler = Scheduler::k##SCHEDULER,                                       \
    W4A16_COSTS(__VA_ARGS__)},
-#define W4A16_RAGGED_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                      \
-  {.name =                                                                                      \
-       "ragged_decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kDecode,                                                                   \
-   .tile_n = N,                                                                                 \
-   .tile_m = M,                                                                                 \
-   .blocks = BLOCKS,                                                                            \
-   .warps = WARPS,                                                                              \
-   .team = TEAM,                                                                                \
-   .stages = STAGES,                                                                            \
-   .split_k = SPLIT,                                                                            \
-   .ragged = true,                                                                              \
+#define W4A16_RAGGED_DECODE(N, M, BLOCKS, WARPS, STAGES, ...)                \
+  {.name = "ragged_decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_s" #STAGES, \
+   .family = Family::kDecode,                                                \
+   .tile_n = N,                                                              \
+   .tile_m = M,                                                              \
+   .blocks = BLOCKS,                                                         \
+   .warps = WARPS,                                                           \
+   .stages = STAGES,                                                         \
+   .ragged = true,                                                           \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)           \
   {.name = "ragged_wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
@@ -145,6 +142,13 @@ bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& conf
   return IsInvariantDecode(config);
 }
 
+Status CheckSharedMemory(const Device& device, const Config& config, int64_t needed) {
+  const int most = SharedMemoryPerCta(device.compute_capability);
+  if (needed <= most) return {};
+  return Refuse(config, "needs " + std::to_string(needed) + " bytes of shared memory of " +
+                            std::to_string(most));
+}
+
 // What a kernel asks of a problem, ragged or not.
 Status CanServe(const Problem& p, const Device& device, const Config& config) {
   const int cc = device.compute_capability;
@@ -157,11 +161,7 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
   if (config.family == Family::kDecode) {
     if (config.split_k > 1 && cc < 90)
       return Refuse(config, "split-K is a cluster, which needs compute capability 9.0 or later");
-    const int needed = SharedMemoryOfDecode(p, config).total_bytes, most = SharedMemoryPerCta(cc);
-    if (needed > most)
-      return Refuse(config, "needs " + std::to_string(needed) + " bytes of shared memory of " +
-                                std::to_string(most));
-    return {};
+    return CheckSharedMemory(device, config, SharedMemoryOfDecode(p, config).total_bytes);
   }
   if (const char* why = HopperRefusal(p, cc); why != nullptr) return Refuse(config, why);
   if (config.family == Family::kCutlass) {
@@ -181,8 +181,13 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   return CanServe(p, device, config);
 }
 
-Status CanImplementRagged(const Problem& p, const Device& device, const Config& config) {
+Status CanImplementRagged(const Problem& p, int64_t experts, const Device& device,
+                          const Config& config) {
   if (!config.ragged) return Refuse(config, "does not serve ragged products");
+  if (config.family == Family::kDecode) {
+    const int64_t needed = SharedMemoryOfRaggedDecode(p, experts, config).total_bytes;
+    if (Status s = CheckSharedMemory(device, config, needed); !s.ok()) return s;
+  }
   return CanServe(p, device, config);
 }
 

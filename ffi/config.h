@@ -48,7 +48,8 @@ const Config* FindConfig(std::string_view name);  // nullptr if unknown
 Status CanImplement(const Problem& problem, const Device& device, const Config& config);
 
 // The same of a ragged product, which has passed CheckRaggedProblem. It needs no workspace.
-Status CanImplementRagged(const Problem& problem, const Device& device, const Config& config);
+Status CanImplementRagged(const Problem& problem, int64_t experts, const Device& device,
+                          const Config& config);
 
 // Bytes of workspace that `config` needs for `problem`.
 int64_t WorkspaceBytes(const Problem& problem, const Device& device, const Config& config);

@@ -71,7 +71,7 @@ Status SelectRagged(const Problem& problem, int64_t experts, const Device& devic
   for (int i = 0; i < NumConfigs(); ++i) {
     const Config& candidate = ConfigAt(i);
     if (!candidate.ragged) continue;
-    if (Status s = CanImplementRagged(problem, device, candidate); !s.ok()) {
+    if (Status s = CanImplementRagged(problem, experts, device, candidate); !s.ok()) {
       refusals += "\n  " + s.message();
       continue;
     }

@@ -45,37 +45,32 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
   };
 }
 
-// Launches a kernel of this many CTAs, the configuration's clusters. `params` is its one parameter.
-Status LaunchDecode(const Problem& p, const Config& config, const void* function, void* params,
-                    int64_t ctas, cudaStream_t stream) {
+// Attributes belong to the current device, so they are set at every call.
+Status SetSharedMemory(const Config& config, const void* function, int bytes) {
   if (function == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
-  if (ctas > INT_MAX)
-    return Status::Unsupported(std::string(config.name) + ": the product needs " +
-                               std::to_string(ctas) + " CTAs, more than a grid holds");
-  const int shared_bytes = SharedMemoryOfDecode(p, config).total_bytes;
-  // Attributes belong to the current device, so they are set at every call.
   if (Status s = ToStatus(
-          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           config.name);
       !s.ok())
     return s;
-  if (Status s =
-          ToStatus(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared),
-                   config.name);
-      !s.ok())
-    return s;
+  return ToStatus(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                       cudaSharedmemCarveoutMaxShared),
+                  config.name);
+}
 
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(config.split_k), 1, 1};
+// `params` is the kernel's one parameter.
+Status LaunchDecode(const Config& config, const void* function, void* params, int64_t ctas,
+                    int cluster, int shared_bytes, cudaStream_t stream) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(static_cast<unsigned>(ctas));
   launch.blockDim = dim3(32 * config.warps);
   launch.dynamicSmemBytes = shared_bytes;
   launch.stream = stream;
-  launch.attrs = &cluster;
-  launch.numAttrs = config.split_k > 1 ? 1 : 0;
+  launch.attrs = &attribute;
+  launch.numAttrs = cluster > 1 ? 1 : 0;
   void* args[] = {params};
   return ToStatus(cudaLaunchKernelExC(&launch, function, args), config.name);
 }
@@ -88,17 +83,37 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
   const auto kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
   DecodeParams params = DecodeParamsOf(p, o, config);
   const int64_t ctas = CeilDiv(p.m, config.tile_m) * CeilDiv(p.n, config.tile_n) * config.split_k;
-  return LaunchDecode(p, config, reinterpret_cast<const void*>(kernel), &params, ctas, stream);
+  if (ctas > INT_MAX)
+    return Status::Unsupported(std::string(config.name) + ": the product needs " +
+                               std::to_string(ctas) + " CTAs, more than a grid holds");
+  const int shared_bytes = SharedMemoryOfDecode(p, config).total_bytes;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (Status s = SetSharedMemory(config, function, shared_bytes); !s.ok()) return s;
+  return LaunchDecode(config, function, &params, ctas, config.split_k, shared_bytes, stream);
 }
 
 Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, const Config& config,
-                       cudaStream_t stream) {
+                       int num_sms, cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindRaggedDecodeF16 : FindRaggedDecodeBf16;
   const auto kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
-  RaggedDecodeParams params = {DecodeParamsOf(p, o, config), ExpertParamsOf(p, e, config.tile_n)};
-  const int64_t ctas =
-      MostExpertTiles(p.m, e.count, config.tile_m) * params.experts.tiles_n * config.split_k;
-  return LaunchDecode(p, config, reinterpret_cast<const void*>(kernel), &params, ctas, stream);
+  const RaggedDecodeSharedMemory shared = SharedMemoryOfRaggedDecode(p, e.count, config);
+  RaggedDecodeParams params = {.decode = DecodeParamsOf(p, o, config),
+                               .experts = ExpertParamsOf(p, e, config.tile_n),
+                               .table_bytes = shared.table_bytes,
+                               .partial_bytes = shared.partial_bytes};
+  const int64_t tiles = MostExpertTiles(p.m, e.count, config.tile_m) * params.experts.tiles_n;
+  if (tiles > INT_MAX) return Status::Unsupported(std::string(config.name) + ": too many tiles");
+  const int total_bytes = static_cast<int>(shared.total_bytes);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (Status s = SetSharedMemory(config, function, total_bytes); !s.ok()) return s;
+  int ctas_per_sm = 0;
+  if (Status s = ToStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                              &ctas_per_sm, function, 32 * config.warps, total_bytes),
+                          config.name);
+      !s.ok())
+    return s;
+  const int64_t ctas = std::min<int64_t>(tiles, int64_t{num_sms} * std::max(ctas_per_sm, 1));
+  return LaunchDecode(config, function, &params, ctas, 1, total_bytes, stream);
 }
 
 }  // namespace w4a16

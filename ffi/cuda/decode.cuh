@@ -79,18 +79,24 @@ class StageLoader {
                                          int first, int step)
       : p_(p),
         thread_(thread),
-        n0_(n0),
-        rows_(min(p.x_rows, p.m - m0)),
-        row_blocks_(p.blocks_n - n0 / kBlockN),
-        whole_tile_(row_blocks_ >= kTileBlocks),
         policy_(EvictFirstPolicy()),
-        k0_(first * kUnitK),
         step_(step * kUnitK),
-        block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
-        weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
-                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
-        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0 + thread / kChunks) * p.k + k0_ +
-           thread % kChunks * 8) {}
+        block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes) {
+    Start(n0, m0, first);
+  }
+
+  // From here on, units of this tile.
+  __device__ __forceinline__ void Start(int n0, int m0, int first) {
+    n0_ = n0;
+    rows_ = min(p_.x_rows, p_.m - m0);
+    row_blocks_ = p_.blocks_n - n0 / kBlockN;
+    whole_tile_ = row_blocks_ >= kTileBlocks;
+    k0_ = first * kUnitK;
+    weights_ = reinterpret_cast<const char*>(p_.qweight) + first * kBlocks * block_row_bytes_ +
+               static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread_;
+    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + thread_ / kChunks) * p_.k + k0_ +
+         thread_ % kChunks * 8;
+  }
 
   // Starts the copies of the next unit, as one group.
   __device__ __forceinline__ void Load(uint32_t stage) {
@@ -202,8 +208,9 @@ class StageLoader {
   }
 
   const DecodeParams& p_;
-  const int thread_, n0_, rows_, row_blocks_;
-  const bool whole_tile_;
+  const int thread_;
+  int n0_, rows_, row_blocks_;
+  bool whole_tile_;
   const uint64_t policy_;
   int k0_;
   const int step_;

@@ -57,11 +57,12 @@ Status RunRaggedCuda(const Problem& p, const Experts& e, const Operands& o, cons
   if (Status s = CurrentDevice(&device); !s.ok()) return s;
   if (config == nullptr) {
     if (Status s = SelectRagged(p, e.count, device, &config); !s.ok()) return s;
-  } else if (Status s = CanImplementRagged(p, device, *config); !s.ok()) {
+  } else if (Status s = CanImplementRagged(p, e.count, device, *config); !s.ok()) {
     return s;
   }
-  return config->family == Family::kDecode ? RunRaggedDecode(p, e, o, *config, stream)
-                                           : RunRaggedWgmma(p, e, o, *config, stream);
+  return config->family == Family::kDecode
+             ? RunRaggedDecode(p, e, o, *config, device.num_sms, stream)
+             : RunRaggedWgmma(p, e, o, *config, stream);
 }
 
 }  // namespace w4a16

@@ -13,14 +13,6 @@
 
 namespace w4a16 {
 
-// A tile of one expert's rows.
-struct ExpertTile {
-  int expert;      // `experts`: rows that belong to none
-  int first, end;  // rows of the expert
-  int tiles_m;     // tiles that they make
-  int index;  // of this tile among the expert's tiles_m * tiles_n, those of one n being neighbours
-};
-
 // Inclusive sums over a warp's lanes that stop at `most` (below 2^31).
 __device__ __forceinline__ uint32_t ScanUpTo(uint32_t v, uint32_t most) {
 #pragma unroll
@@ -31,59 +23,91 @@ __device__ __forceinline__ uint32_t ScanUpTo(uint32_t v, uint32_t most) {
   return v;
 }
 
-// Finds the tile `index` of all, with kTileM rows each. The whole warp calls it; false: there are
-// fewer tiles.
+// Walks over the experts, kWidth at a time, with a whole warp. The entry after the last expert's
+// stands for the rows of none.
 template <int kTileM>
-__device__ __forceinline__ bool FindExpertTile(const ExpertParams& e, uint32_t m, uint32_t index,
-                                               ExpertTile* found) {
-  constexpr uint32_t kAll = 0xffffffff;
-  constexpr int kEach = 4;  // experts of a lane: as many loads in flight
-  const int lane = threadIdx.x % 32;
-  uint32_t rows_before = 0, tiles_before = 0;
-  for (int base = 0; base <= e.experts; base += 32 * kEach) {
-    uint32_t end[kEach], tiles[kEach];
+class ExpertScan {
+ public:
+  static constexpr int kEach = 4;  // experts of a lane: as many loads in flight
+  static constexpr int kWidth = 32 * kEach;
+
+  // Of the lane's experts base + kEach * lane + i: where their rows end, and how many tiles of
+  // kTileM rows all experts up to them have. Before the first of them lie rows_before,
+  // tiles_before.
+  int base = -kWidth;
+  uint32_t rows_before, tiles_before;
+  uint32_t rows_end[kEach], tiles_end[kEach];
+
+  __device__ __forceinline__ void Next(const ExpertParams& e, uint32_t m) {
+    const int lane = threadIdx.x % 32;
+    base += kWidth;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int expert = base + kEach * lane + i;
       const int32_t size = expert < e.experts ? __ldg(e.group_sizes + expert) : 0;
-      end[i] = expert == e.experts ? m : min(static_cast<uint32_t>(max(size, 0)), m);
+      rows_end[i] = expert == e.experts ? m : min(static_cast<uint32_t>(max(size, 0)), m);
     }
 #pragma unroll
-    for (int i = 1; i < kEach; ++i) end[i] = min(end[i] + end[i - 1], m);
-    uint32_t before = __shfl_up_sync(kAll, ScanUpTo(end[kEach - 1], m), 1);
-    before = min(rows_before + (lane > 0 ? before : 0), m);
-    uint32_t first = before, own = 0;
+    for (int i = 1; i < kEach; ++i) rows_end[i] = min(rows_end[i] + rows_end[i - 1], m);
+    const uint32_t before = __shfl_up_sync(kAll, ScanUpTo(rows_end[kEach - 1], m), 1);
+    rows_before = min(all_rows_ + (lane > 0 ? before : 0), m);
+    uint32_t first = rows_before, own = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      end[i] = min(end[i] + before, m);
-      own += (end[i] - first + kTileM - 1) / kTileM;
-      tiles[i] = own;
-      first = end[i];
+      rows_end[i] = min(rows_end[i] + rows_before, m);
+      own += (rows_end[i] - first + kTileM - 1) / kTileM;
+      tiles_end[i] = own;
+      first = rows_end[i];
     }
-    // At most M + E + 1 tiles, and the grid holds them times tiles_n.
-    const uint32_t scanned = ScanUpTo(own, 0x7fffffff);
-    const uint32_t lane_before = tiles_before + scanned - own;
-    const uint32_t hits = __ballot_sync(kAll, index < (tiles_before + scanned) * e.tiles_n);
-    if (hits != 0) {
-      const int source = __ffs(hits) - 1;
-      int which = 0;
+    tiles_before = all_tiles_ + ScanUpTo(own, 0x7fffffff) - own;
 #pragma unroll
-      for (int i = 0; i + 1 < kEach; ++i) which += index >= (lane_before + tiles[i]) * e.tiles_n;
-      uint32_t row0 = before, row1 = end[0], tile0 = 0, tile1 = tiles[0];
-#pragma unroll
-      for (int i = 1; i < kEach; ++i) {
-        if (which >= i) row0 = end[i - 1], row1 = end[i], tile0 = tiles[i - 1], tile1 = tiles[i];
-      }
-      found->expert = base + kEach * source + __shfl_sync(kAll, which, source);
-      found->first = __shfl_sync(kAll, row0, source);
-      found->end = __shfl_sync(kAll, row1, source);
-      found->tiles_m = __shfl_sync(kAll, tile1 - tile0, source);
-      found->index = index - __shfl_sync(kAll, lane_before + tile0, source) * e.tiles_n;
-      return true;
-    }
-    rows_before = __shfl_sync(kAll, end[kEach - 1], 31);
-    tiles_before += __shfl_sync(kAll, scanned, 31);
+    for (int i = 0; i < kEach; ++i) tiles_end[i] += tiles_before;
+    all_rows_ = __shfl_sync(kAll, rows_end[kEach - 1], 31);
+    all_tiles_ = __shfl_sync(kAll, tiles_end[kEach - 1], 31);
   }
+
+ private:
+  static constexpr uint32_t kAll = 0xffffffff;
+  uint32_t all_rows_ = 0, all_tiles_ = 0;
+};
+
+// A tile of one expert's rows.
+struct ExpertTile {
+  int expert;      // `experts`: rows that belong to none
+  int first, end;  // rows of the expert
+  int tiles_m;     // tiles that they make
+  int index;  // of this tile among the expert's tiles_m * tiles_n, those of one n being neighbours
+};
+
+// Finds the tile `index` of all, with kTileM rows each. The whole warp calls it; false: there are
+// fewer tiles. All tiles, times tiles_n, are below 2^31.
+template <int kTileM>
+__device__ __forceinline__ bool FindExpertTile(const ExpertParams& e, uint32_t m, uint32_t index,
+                                               ExpertTile* found) {
+  constexpr uint32_t kAll = 0xffffffff;
+  ExpertScan<kTileM> scan;
+  do {
+    scan.Next(e, m);
+    const uint32_t hits = __ballot_sync(kAll, index < scan.tiles_end[scan.kEach - 1] * e.tiles_n);
+    if (hits == 0) continue;
+    const int source = __ffs(hits) - 1;
+    int which = 0;
+    uint32_t row0 = scan.rows_before, row1 = scan.rows_end[0];
+    uint32_t tile0 = scan.tiles_before, tile1 = scan.tiles_end[0];
+#pragma unroll
+    for (int i = 1; i < scan.kEach; ++i) {
+      if (index < scan.tiles_end[i - 1] * e.tiles_n) continue;
+      which = i;
+      row0 = scan.rows_end[i - 1], row1 = scan.rows_end[i];
+      tile0 = scan.tiles_end[i - 1], tile1 = scan.tiles_end[i];
+    }
+    found->expert = scan.base + scan.kEach * source + __shfl_sync(kAll, which, source);
+    found->first = __shfl_sync(kAll, row0, source);
+    found->end = __shfl_sync(kAll, row1, source);
+    found->tiles_m = __shfl_sync(kAll, tile1 - tile0, source);
+    found->index = index - __shfl_sync(kAll, tile0, source) * e.tiles_n;
+    return true;
+  } while (scan.base + scan.kWidth <= e.experts);
   return false;
 }
 

@@ -18,7 +18,7 @@ Status RunCutlass(const Problem& p, const Operands& o, const Config& config, int
 
 // The kernels of ragged products, configurations marked `ragged`.
 Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, const Config& config,
-                       cudaStream_t stream);
+                       int num_sms, cudaStream_t stream);
 Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, const Config& config,
                       cudaStream_t stream);
 

@@ -1,8 +1,22 @@
-// Decode for ragged products: decode.cuh's tiles, each of the rows and the weight of one expert.
+// Decode for ragged products: decode.cuh's stages and sums, in persistent CTAs.
 //
-// The grid is sized for the worst group_sizes; a CTA finds its tile in them, or exits. Only the
-// weights of experts that have rows are read. Rows of no expert make tiles without units of K,
-// whose sums are zero.
+// Tiles are those of each expert's rows, counted over experts, then along N, then along the rows. A
+// CTA takes every gridDim.x-th of them, and finds each in a table of where the experts' rows and
+// tiles end, which it makes of group_sizes at its start. Nothing else depends on the sizes, and
+// only the weights of experts that have rows are read.
+//
+//   tile      |       0       |       3       |       6       |    of CTA 0 of 3, with 6 units of K
+//   unit      | 0 1 2 3 4 5   | 0 1 2 3 4 5   | 0 1 2 3 4 5   |
+//   warp of 4 | 0 1 2 3 0 1   | 2 3 0 1 2 3   | 0 1 2 3 0 1   |    every 4th unit of all
+//
+// A warp owns a ring of kStages stages and every warps-th unit of all of its CTA's tiles, one after
+// the other: it loads units of the tiles to come while it multiplies, and all warps work alike even
+// where K has fewer units than there are warps. At the end of a tile the warps' partial tiles are
+// added in the order of the warps. Tiles of few rows multiply only the eights of tokens that they
+// have.
+//
+// Synchronisation: decode.cuh's invariants 1 and 2; partial tiles are read, and written again, only
+// after a __syncthreads.
 #pragma once
 
 #include "decode.cuh"
@@ -11,31 +25,233 @@
 
 namespace w4a16 {
 
-template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
-          int kParts>
-__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
-    RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
-  const ExpertParams& e = params.experts;
-  DecodeParams p = params.decode;
-  const int rank = blockIdx.x & ((1 << p.log2_split_k) - 1);
-  ExpertTile tile;
-  if (!FindExpertTile<kTileM>(e, p.m, blockIdx.x >> p.log2_split_k, &tile)) return;
-  p.m = tile.end;
-  if (tile.expert == e.experts) p.units = 0;
-  p.qweight += tile.expert * e.qweight_words;
-  p.scales = static_cast<const T*>(p.scales) + tile.expert * e.scale_elements;
-  p.zeros = static_cast<const T*>(p.zeros) + tile.expert * e.scale_elements;
-  DecodeTile<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kParts>(
-      p, tile.index / tile.tiles_m * kTileN, tile.first + tile.index % tile.tiles_m * kTileM, rank);
+// Threads of a CTA, at most: finding tiles takes registers too.
+__host__ __device__ constexpr int RaggedThreads(int tile_n, int tile_m) {
+  return MaxThreads(tile_n, tile_m, 1) < 384 ? MaxThreads(tile_n, tile_m, 1) : 384;
 }
 
-template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
+// The ends of an expert's tiles (of kTileM rows, before they are counted along N) and rows.
+struct ExpertEnd {
+  uint32_t tiles, rows;
+};
+
+template <int kTileM>
+__device__ __forceinline__ void MakeExpertTable(const ExpertParams& e, uint32_t m,
+                                                ExpertEnd* table) {
+  ExpertScan<kTileM> scan;
+  for (int base = 0; base < e.experts; base += scan.kWidth) {
+    scan.Next(e, m);
+#pragma unroll
+    for (int i = 0; i < scan.kEach; ++i) {
+      const int expert = base + scan.kEach * (threadIdx.x % 32) + i;
+      if (expert < e.experts) table[expert] = {scan.tiles_end[i], scan.rows_end[i]};
+    }
+  }
+}
+
+// The expert of a tile that exists, from that of an earlier one on. The whole warp calls it.
+__device__ __forceinline__ int ExpertOf(const ExpertParams& e, const ExpertEnd* table,
+                                        uint32_t tile, int earlier) {
+  for (int base = earlier & ~31;; base += 32) {
+    const int expert = min(base + static_cast<int>(threadIdx.x % 32), e.experts - 1);
+    const uint32_t before = __ballot_sync(0xffffffff, table[expert].tiles * e.tiles_n <= tile);
+    if (before != 0xffffffff) return base + __popc(before);
+  }
+}
+
+// Where a tile lies.
+struct RaggedTile {
+  int expert = 0, n0, m0, end;  // `end`: the expert's rows end there
+
+  template <int kTileN, int kTileM>
+  __device__ __forceinline__ void Find(const ExpertParams& e, const ExpertEnd* table,
+                                       uint32_t tile) {
+    expert = ExpertOf(e, table, tile, expert);
+    const ExpertEnd before = expert > 0 ? table[expert - 1] : ExpertEnd{0, 0};
+    const uint32_t tiles_m = table[expert].tiles - before.tiles;
+    const uint32_t index = tile - before.tiles * e.tiles_n;
+    n0 = index / tiles_m * kTileN;
+    m0 = before.rows + index % tiles_m * kTileM;
+    end = table[expert].rows;
+  }
+};
+
+// One warp's loads: its units of all tiles of the CTA. `source` are the parameters of the expert
+// that is being loaded, `loader` a loader of them.
+template <typename T, int kTileN, int kTileM, typename Loader>
+class UnitStream {
+ public:
+  __device__ __forceinline__ UnitStream(const RaggedDecodeParams& params, const ExpertEnd* table,
+                                        uint32_t tiles, DecodeParams& source, Loader& loader)
+      : params_(params),
+        table_(table),
+        tiles_(params.decode.units > 0 ? tiles : 0),
+        source_(source),
+        loader_(loader) {
+    Begin(threadIdx.x / 32);
+  }
+
+  // Starts the copies of the next unit, if there is one, as one group.
+  __device__ __forceinline__ void Load(uint32_t stage) {
+    if (tile_ < tiles_) {
+      loader_.Load(stage);
+      unit_ += blockDim.x / 32;
+      if (unit_ >= params_.decode.units) Begin(unit_);
+    }
+    CopyAsyncCommit();
+  }
+
+ private:
+  // `unit`: counted from the first of tile_.
+  __device__ __forceinline__ void Begin(int unit) {
+    const DecodeParams& p = params_.decode;
+    for (; unit >= p.units && tile_ < tiles_; unit -= p.units) tile_ += gridDim.x;
+    unit_ = unit;
+    if (tile_ >= tiles_) return;
+    const ExpertParams& e = params_.experts;
+    at_.template Find<kTileN, kTileM>(e, table_, tile_);
+    source_.m = at_.end;
+    source_.qweight = p.qweight + at_.expert * e.qweight_words;
+    source_.scales = static_cast<const T*>(p.scales) + at_.expert * e.scale_elements;
+    source_.zeros = static_cast<const T*>(p.zeros) + at_.expert * e.scale_elements;
+    loader_.Start(at_.n0, at_.m0, unit);
+  }
+
+  const RaggedDecodeParams& params_;
+  const ExpertEnd* table_;
+  const uint32_t tiles_;
+  DecodeParams& source_;
+  Loader& loader_;
+  uint32_t tile_ = blockIdx.x;
+  int unit_;
+  RaggedTile at_;
+};
+
+// One tile, of at most kTokens rows: this warp's units, from `unit` on, and its share of the sums.
+// Returns the warp's first unit of the next tile.
+template <typename T, int kTileN, int kTokens, int kTileM, int kBlocks, int kStages, bool kZeros,
+          int kParts, typename Stream>
+__device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, const RaggedTile& at,
+                                            Stream& stream, uint32_t ring, uint32_t& stage,
+                                            int unit, char* partials) {
+  constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTokens / 8;
+  const DecodeParams& p = params.decode;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int rows = min(kTokens, at.end - at.m0);
+  // What stands for a token that does not exist matters to no other.
+  uint32_t x_offset[kTokenBlocks];
+#pragma unroll
+  for (int j = 0; j < kTokenBlocks; ++j)
+    x_offset[j] = kBlocks * kTileBlocks * kBlockBytes +
+                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
+
+  float acc[kTileBlocks][kTokenBlocks][4] = {};
+  const uint32_t ring_end = ring + kStages * p.stage_bytes;
+#pragma unroll 1
+  for (; unit < p.units; unit += warps) {
+    CopyAsyncWait<kStages - 1>();
+    __syncwarp();
+    MultiplyStage<T, kTileN, kTokens, kBlocks, 1, kZeros, kParts>(stage, 0, p.x_rows, x_offset,
+                                                                  lane, acc);
+    __syncwarp();
+    stream.Load(stage);
+    stage = stage + p.stage_bytes == ring_end ? ring : stage + p.stage_bytes;
+  }
+
+  constexpr bool kAffine = UsesAffineCodes(kTileN, kTokens, kZeros);
+  constexpr int kStride = PartialStride(kTileN);
+  float* const partial =
+      reinterpret_cast<float*>(partials + warp * params.partial_bytes) + lane / 4;
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kTileBlocks; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTokenBlocks; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8] =
+            kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i];
+    }
+  }
+  __syncthreads();
+  constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
+  for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
+    const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
+    if (quad < kQuads)
+      StoreOut<T>(
+          p, at.m0 + token, at.n0 + 4 * quad,
+          SumQuads(partials + token * 4 * kStride + 16 * quad, params.partial_bytes, warps));
+  }
+  return unit - p.units;
+}
+
+// Rows from `first` on are none's.
+template <typename Out>
+__device__ __forceinline__ void ClearRows(const DecodeParams& p, uint32_t first) {
+  const int64_t end = static_cast<int64_t>(p.m) * p.n;
+  int64_t i = static_cast<int64_t>(first) * p.n + blockIdx.x * blockDim.x + threadIdx.x;
+  for (; i < end; i += gridDim.x * blockDim.x) static_cast<Out*>(p.out)[i] = FromFloat<Out>(0.0f);
+}
+
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
+__global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
+    RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
+  static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0 && kTileM <= 32);
+  extern __shared__ __align__(128) char shared[];
+  const DecodeParams& p = params.decode;
+  const ExpertParams& e = params.experts;
+  ExpertEnd* const table = reinterpret_cast<ExpertEnd*>(shared);
+  if (threadIdx.x < 32) MakeExpertTable<kTileM>(e, p.m, table);
+  __syncthreads();
+  const ExpertEnd all = e.experts > 0 ? table[e.experts - 1] : ExpertEnd{0, 0};
+  const uint32_t tiles = all.tiles * e.tiles_n;
+
+  char* const partials = shared + params.table_bytes;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const uint32_t ring =
+      SharedAddress(partials) + warps * params.partial_bytes + warp * (kStages * p.stage_bytes);
+  DecodeParams source = p;
+  StageLoader<T, kTileN, kTileM, kBlocks, 1, kZeros, kParts> loader(source, 0, 0, threadIdx.x % 32,
+                                                                    0, warps);
+  UnitStream<T, kTileN, kTileM, decltype(loader)> stream(params, table, tiles, source, loader);
+#pragma unroll 1
+  for (int s = 0; s < kStages; ++s) stream.Load(ring + s * p.stage_bytes);
+
+  if (all.rows < static_cast<uint32_t>(p.m)) {
+    if (p.out_float32) {
+      ClearRows<float>(p, all.rows);
+    } else {
+      ClearRows<T>(p, all.rows);
+    }
+  }
+
+  RaggedTile at;
+  uint32_t stage = ring;
+  int unit = warp;
+#pragma unroll 1
+  for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    at.template Find<kTileN, kTileM>(e, table, tile);
+    const int rows = at.end - at.m0;
+#define W4A16_MULTIPLY(TOKENS)                                                      \
+  unit = MultiplyTile<T, kTileN, TOKENS, kTileM, kBlocks, kStages, kZeros, kParts>( \
+      params, at, stream, ring, stage, unit, partials)
+    if (kTileM > 8 && rows <= 8) {
+      W4A16_MULTIPLY(8);
+    } else if (kTileM > 16 && rows <= 16) {
+      W4A16_MULTIPLY(16);
+    } else {
+      W4A16_MULTIPLY(kTileM);
+    }
+#undef W4A16_MULTIPLY
+  }
+}
+
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros>
 RaggedDecodePointer RaggedKernelForParts(int parts) {
   constexpr int kMost = 2 * kBlocks;
-  if (parts == 1) return RaggedDecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 1>;
-  if (parts == kMost)
-    return RaggedDecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kMost>;
-  return RaggedDecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 2>;
+  if (parts == 1) return RaggedDecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 1>;
+  if (parts == kMost) return RaggedDecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, kMost>;
+  return RaggedDecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 2>;
 }
 
 template <typename T>
@@ -44,13 +260,11 @@ RaggedDecodePointer FindRaggedDecode(const Config& c, bool has_zeros, int parts)
 #define W4A16_WGMMA(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
-#define W4A16_RAGGED_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                     \
-  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
-                (SPLIT & (SPLIT - 1)) == 0);                                                   \
-  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                \
-      c.stages == STAGES)                                                                      \
-    return has_zeros ? RaggedKernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)        \
-                     : RaggedKernelForParts<T, N, M, BLOCKS, TEAM, STAGES, false>(parts);
+#define W4A16_RAGGED_DECODE(N, M, BLOCKS, WARPS, STAGES, ...)                     \
+  static_assert(WARPS * 32 <= RaggedThreads(N, M));                               \
+  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.stages == STAGES) \
+    return has_zeros ? RaggedKernelForParts<T, N, M, BLOCKS, STAGES, true>(parts) \
+                     : RaggedKernelForParts<T, N, M, BLOCKS, STAGES, false>(parts);
 #include "../configs.inc"
 #undef W4A16_DECODE
 #undef W4A16_WGMMA
