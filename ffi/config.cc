@@ -67,6 +67,14 @@ constexpr Config kConfigs[] = {
    .split_k = SPLIT,                                           \
    .ragged = true,                                             \
    W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_RAGGED_PERSISTENT(N, M, STAGES, ...)      \
+  {.name = "ragged_persistent_" #N "x" #M "_s" #STAGES, \
+   .family = Family::kPersistent,                       \
+   .tile_n = N,                                         \
+   .tile_m = M,                                         \
+   .stages = STAGES,                                    \
+   .ragged = true,                                      \
+   W4A16_COSTS(__VA_ARGS__)},
 #include "configs.inc"
 #undef W4A16_COSTS
 #undef W4A16_DECODE
@@ -188,6 +196,8 @@ Status CanImplementRagged(const Problem& p, int64_t experts, const Device& devic
     const int64_t needed = SharedMemoryOfRaggedDecode(p, experts, config).total_bytes;
     if (Status s = CheckSharedMemory(device, config, needed); !s.ok()) return s;
   }
+  if (config.family == Family::kPersistent && experts > kMostPersistentExperts)
+    return Refuse(config, "more than " + std::to_string(kMostPersistentExperts) + " experts");
   return CanServe(p, device, config);
 }
 

@@ -60,9 +60,17 @@ Status RunRaggedCuda(const Problem& p, const Experts& e, const Operands& o, cons
   } else if (Status s = CanImplementRagged(p, e.count, device, *config); !s.ok()) {
     return s;
   }
-  return config->family == Family::kDecode
-             ? RunRaggedDecode(p, e, o, *config, device.num_sms, stream)
-             : RunRaggedWgmma(p, e, o, *config, stream);
+  switch (config->family) {
+    case Family::kDecode:
+      return RunRaggedDecode(p, e, o, *config, device.num_sms, stream);
+    case Family::kWgmma:
+      return RunRaggedWgmma(p, e, o, *config, stream);
+    case Family::kPersistent:
+      return RunRaggedPersistent(p, e, o, *config, device.num_sms, stream);
+    case Family::kCutlass:
+      break;
+  }
+  return Status::Internal(std::string(config->name) + ": unknown family");
 }
 
 }  // namespace w4a16

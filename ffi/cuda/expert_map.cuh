@@ -111,4 +111,32 @@ __device__ __forceinline__ bool FindExpertTile(const ExpertParams& e, uint32_t m
   return false;
 }
 
+// The ends of an expert's tiles (of kTileM rows, before they are counted along N) and rows.
+struct ExpertEnd {
+  uint32_t tiles, rows;
+};
+
+template <int kTileM>
+__device__ __forceinline__ void MakeExpertTable(const ExpertParams& e, uint32_t m,
+                                                ExpertEnd* table) {
+  ExpertScan<kTileM> scan;
+  for (int base = 0; base < e.experts; base += scan.kWidth) {
+    scan.Next(e, m);
+#pragma unroll
+    for (int i = 0; i < scan.kEach; ++i) {
+      const int expert = base + scan.kEach * (threadIdx.x % 32) + i;
+      if (expert < e.experts) table[expert] = {scan.tiles_end[i], scan.rows_end[i]};
+    }
+  }
+}
+
+// Zeroes rows `first` to m of `out`, which are no expert's, with all threads of the grid.
+__device__ __forceinline__ void ClearRows(void* out, uint32_t first, int m, int row_bytes) {
+  const int64_t end = static_cast<int64_t>(m) * row_bytes / 2;
+  int64_t i = static_cast<int64_t>(first) * row_bytes / 2 +
+              static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i < end; i += static_cast<int64_t>(gridDim.x) * blockDim.x)
+    static_cast<uint16_t*>(out)[i] = 0;
+}
+
 }  // namespace w4a16

@@ -21,6 +21,9 @@ inline ExpertParams ExpertParamsOf(const Problem& p, const Experts& e, int tile_
           .scale_elements = NumGroups(p) * p.n};
 }
 
+// What the persistent kernel keeps of experts in shared memory.
+inline constexpr int kMostPersistentExperts = 256, kPersistentTableBytes = 8 * 256;
+
 // The most tiles of tile_m rows that M rows of `experts` experts, and of none, can make: the grid
 // has to be known before the sizes are.
 constexpr int64_t MostExpertTiles(int64_t m, int64_t experts, int tile_m) {

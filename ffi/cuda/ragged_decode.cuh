@@ -30,25 +30,6 @@ __host__ __device__ constexpr int RaggedThreads(int tile_n, int tile_m) {
   return MaxThreads(tile_n, tile_m, 1) < 384 ? MaxThreads(tile_n, tile_m, 1) : 384;
 }
 
-// The ends of an expert's tiles (of kTileM rows, before they are counted along N) and rows.
-struct ExpertEnd {
-  uint32_t tiles, rows;
-};
-
-template <int kTileM>
-__device__ __forceinline__ void MakeExpertTable(const ExpertParams& e, uint32_t m,
-                                                ExpertEnd* table) {
-  ExpertScan<kTileM> scan;
-  for (int base = 0; base < e.experts; base += scan.kWidth) {
-    scan.Next(e, m);
-#pragma unroll
-    for (int i = 0; i < scan.kEach; ++i) {
-      const int expert = base + scan.kEach * (threadIdx.x % 32) + i;
-      if (expert < e.experts) table[expert] = {scan.tiles_end[i], scan.rows_end[i]};
-    }
-  }
-}
-
 // The expert of a tile that exists, from that of an earlier one on. The whole warp calls it.
 __device__ __forceinline__ int ExpertOf(const ExpertParams& e, const ExpertEnd* table,
                                         uint32_t tile, int earlier) {
@@ -185,14 +166,6 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
   return unit - p.units;
 }
 
-// Rows from `first` on are none's.
-template <typename Out>
-__device__ __forceinline__ void ClearRows(const DecodeParams& p, uint32_t first) {
-  const int64_t end = static_cast<int64_t>(p.m) * p.n;
-  int64_t i = static_cast<int64_t>(first) * p.n + blockIdx.x * blockDim.x + threadIdx.x;
-  for (; i < end; i += gridDim.x * blockDim.x) static_cast<Out*>(p.out)[i] = FromFloat<Out>(0.0f);
-}
-
 template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
 __global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
     RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
@@ -217,13 +190,7 @@ __global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) stream.Load(ring + s * p.stage_bytes);
 
-  if (all.rows < static_cast<uint32_t>(p.m)) {
-    if (p.out_float32) {
-      ClearRows<float>(p, all.rows);
-    } else {
-      ClearRows<T>(p, all.rows);
-    }
-  }
+  ClearRows(p.out, all.rows, p.m, p.n * (p.out_float32 ? 4 : 2));
 
   RaggedTile at;
   uint32_t stage = ring;
