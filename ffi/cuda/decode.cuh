@@ -423,10 +423,13 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p, int n0, int m0
   const uint32_t barrier = SharedAddress(shared), received = barrier + kBarrierBytes;
   if (log2_split > 0) {
     const int quads = (kQuads - rank + split - 1) >> log2_split;
-    if (threadIdx.x == 0) {
-      MbarrierInit(barrier);
-      FenceMbarrierInit();
-      MbarrierExpect(barrier, split * rows * quads * 16);
+    if (threadIdx.x < 32) {
+      if (lane == 0) {
+        MbarrierInit(barrier);
+        FenceMbarrierInit();
+      }
+      __syncwarp();  // for racecheck, which blames the warp's last lane for the initialisation
+      if (lane == 0) MbarrierExpect(barrier, split * rows * quads * 16);
     }
     ClusterArriveRelaxed();
   }

@@ -562,7 +562,8 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
   const int rank = blockIdx.x % Shape::kSplitK;
   constexpr int kProducerWarp = Shape::kConsumers / 32;
   if (warp == kProducerWarp) {
-    if (ptx::ElectOne()) {
+    const bool elected = ptx::ElectOne();
+    if (elected) {
       ptx::PrefetchTensorMap(&x_map);
       for (int i = 0; i < Shape::kStages; ++i) {
         ptx::MbarrierInit(Shape::Full(shared, i), 1);
@@ -570,12 +571,12 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
       }
       ptx::MbarrierInit(Shape::Received(shared), 1);
       ptx::FenceMbarrierInit();
-      if (Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
-        ptx::MbarrierArriveExpectTx(
-            Shape::Received(shared),
-            (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
     }
-    __syncwarp();
+    __syncwarp();  // for racecheck too, which blames the warp's last lane for the initialisation
+    if (elected && Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
+      ptx::MbarrierArriveExpectTx(
+          Shape::Received(shared),
+          (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
   }
   if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
   // The producer starts at once; the others wait for its barriers.
