@@ -102,7 +102,9 @@ Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, co
                                .table_bytes = shared.table_bytes,
                                .partial_bytes = shared.partial_bytes};
   const int64_t tiles = MostExpertTiles(p.m, e.count, config.tile_m) * params.experts.tiles_n;
-  if (tiles > INT_MAX) return Status::Unsupported(std::string(config.name) + ": too many tiles");
+  // The kernel may choose narrower tiles, at most twice as many.
+  if (2 * tiles + INT_MAX / 4 > INT_MAX)
+    return Status::Unsupported(std::string(config.name) + ": too many tiles");
   const int total_bytes = static_cast<int>(shared.total_bytes);
   const void* function = reinterpret_cast<const void*>(kernel);
   if (Status s = SetSharedMemory(config, function, total_bytes); !s.ok()) return s;

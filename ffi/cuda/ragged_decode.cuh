@@ -27,17 +27,22 @@ namespace w4a16 {
 
 // Threads of a CTA, at most: finding tiles takes registers too.
 __host__ __device__ constexpr int RaggedThreads(int tile_n, int tile_m) {
-  return MaxThreads(tile_n, tile_m, 1) < 384 ? MaxThreads(tile_n, tile_m, 1) : 384;
+  return MaxThreads(tile_n, tile_m, 1) < 256 ? MaxThreads(tile_n, tile_m, 1) : 256;
 }
 
 // The expert of a tile that exists, from that of an earlier one on. The whole warp calls it.
-__device__ __forceinline__ int ExpertOf(const ExpertParams& e, const ExpertEnd* table,
+__device__ __forceinline__ int ExpertOf(const ExpertParams& e, const ExpertEnd* table, int tiles_n,
                                         uint32_t tile, int earlier) {
   for (int base = earlier & ~31;; base += 32) {
     const int expert = min(base + static_cast<int>(threadIdx.x % 32), e.experts - 1);
-    const uint32_t before = __ballot_sync(0xffffffff, table[expert].tiles * e.tiles_n <= tile);
+    const uint32_t before = __ballot_sync(0xffffffff, table[expert].tiles * tiles_n <= tile);
     if (before != 0xffffffff) return base + __popc(before);
   }
+}
+
+// The widths compiled in beside kTileN.
+__host__ __device__ constexpr int NarrowTile(int tile_n, int steps) {
+  return tile_n - 16 * steps >= 64 ? tile_n - 16 * steps : tile_n;
 }
 
 // Where a tile lies.
@@ -45,14 +50,15 @@ struct RaggedTile {
   int expert = 0, n0, m0, end;  // `end`: the expert's rows end there
 
   template <int kTileN, int kTileM>
-  __device__ __forceinline__ void Find(const ExpertParams& e, const ExpertEnd* table,
+  __device__ __forceinline__ void Find(const ExpertParams& e, const ExpertEnd* table, int tiles_n,
                                        uint32_t tile) {
-    expert = ExpertOf(e, table, tile, expert);
+    expert = ExpertOf(e, table, tiles_n, tile, expert);
     const ExpertEnd before = expert > 0 ? table[expert - 1] : ExpertEnd{0, 0};
     const uint32_t tiles_m = table[expert].tiles - before.tiles;
-    const uint32_t index = tile - before.tiles * e.tiles_n;
-    n0 = index / tiles_m * kTileN;
-    m0 = before.rows + index % tiles_m * kTileM;
+    const uint32_t index = tile - before.tiles * tiles_n;
+    const uint32_t tile_n = tiles_m == 1 ? index : index / tiles_m;  // mostly 1
+    n0 = tile_n * kTileN;
+    m0 = before.rows + (index - tile_n * tiles_m) * kTileM;
     end = table[expert].rows;
   }
 };
@@ -63,9 +69,11 @@ template <typename T, int kTileN, int kTileM, typename Loader>
 class UnitStream {
  public:
   __device__ __forceinline__ UnitStream(const RaggedDecodeParams& params, const ExpertEnd* table,
-                                        uint32_t tiles, DecodeParams& source, Loader& loader)
+                                        int tiles_n, uint32_t tiles, DecodeParams& source,
+                                        Loader& loader)
       : params_(params),
         table_(table),
+        tiles_n_(tiles_n),
         tiles_(params.decode.units > 0 ? tiles : 0),
         source_(source),
         loader_(loader) {
@@ -90,7 +98,7 @@ class UnitStream {
     unit_ = unit;
     if (tile_ >= tiles_) return;
     const ExpertParams& e = params_.experts;
-    at_.template Find<kTileN, kTileM>(e, table_, tile_);
+    at_.template Find<kTileN, kTileM>(e, table_, tiles_n_, tile_);
     source_.m = at_.end;
     source_.qweight = p.qweight + at_.expert * e.qweight_words;
     source_.scales = static_cast<const T*>(p.scales) + at_.expert * e.scale_elements;
@@ -100,6 +108,7 @@ class UnitStream {
 
   const RaggedDecodeParams& params_;
   const ExpertEnd* table_;
+  const int tiles_n_;
   const uint32_t tiles_;
   DecodeParams& source_;
   Loader& loader_;
@@ -166,38 +175,34 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
   return unit - p.units;
 }
 
-template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
-__global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
-    RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
-  static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0 && kTileM <= 32);
-  extern __shared__ __align__(128) char shared[];
-  const DecodeParams& p = params.decode;
-  const ExpertParams& e = params.experts;
-  ExpertEnd* const table = reinterpret_cast<ExpertEnd*>(shared);
-  if (threadIdx.x < 32) MakeExpertTable<kTileM>(e, p.m, table);
-  __syncthreads();
-  const ExpertEnd all = e.experts > 0 ? table[e.experts - 1] : ExpertEnd{0, 0};
-  const uint32_t tiles = all.tiles * e.tiles_n;
+__device__ __forceinline__ int TilesN(const DecodeParams& p, int width) {
+  return static_cast<int>(static_cast<uint32_t>(p.n + width - 1) / static_cast<uint32_t>(width));
+}
 
-  char* const partials = shared + params.table_bytes;
+// All tiles of the CTA, kTileN wide.
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
+__device__ __forceinline__ void RunTiles(const RaggedDecodeParams& params, const ExpertEnd* table,
+                                         uint32_t tiles_m, char* partials) {
+  const DecodeParams& p = params.decode;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const uint32_t ring =
       SharedAddress(partials) + warps * params.partial_bytes + warp * (kStages * p.stage_bytes);
+  const int tiles_n = TilesN(p, kTileN);
+  const uint32_t tiles = tiles_m * tiles_n;
   DecodeParams source = p;
   StageLoader<T, kTileN, kTileM, kBlocks, 1, kZeros, kParts> loader(source, 0, 0, threadIdx.x % 32,
                                                                     0, warps);
-  UnitStream<T, kTileN, kTileM, decltype(loader)> stream(params, table, tiles, source, loader);
+  UnitStream<T, kTileN, kTileM, decltype(loader)> stream(params, table, tiles_n, tiles, source,
+                                                         loader);
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) stream.Load(ring + s * p.stage_bytes);
-
-  ClearRows(p.out, all.rows, p.m, p.n * (p.out_float32 ? 4 : 2));
 
   RaggedTile at;
   uint32_t stage = ring;
   int unit = warp;
 #pragma unroll 1
   for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    at.template Find<kTileN, kTileM>(e, table, tile);
+    at.template Find<kTileN, kTileM>(params.experts, table, tiles_n, tile);
     const int rows = at.end - at.m0;
 #define W4A16_MULTIPLY(TOKENS)                                                      \
   unit = MultiplyTile<T, kTileN, TOKENS, kTileM, kBlocks, kStages, kZeros, kParts>( \
@@ -211,6 +216,41 @@ __global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
     }
 #undef W4A16_MULTIPLY
   }
+}
+
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
+__global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
+    RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
+  static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0 && kTileM <= 32);
+  extern __shared__ __align__(128) char shared[];
+  const DecodeParams& p = params.decode;
+  const ExpertParams& e = params.experts;
+  ExpertEnd* const table = reinterpret_cast<ExpertEnd*>(shared);
+  if (threadIdx.x < 32) MakeExpertTable<kTileM>(e, p.m, table);
+  __syncthreads();
+  const ExpertEnd all = e.experts > 0 ? table[e.experts - 1] : ExpertEnd{0, 0};
+  ClearRows(p.out, all.rows, p.m, p.n * (p.out_float32 ? 4 : 2));
+
+  // Of the widths that are compiled in, the one with which the CTA with the most tiles has least to
+  // do: so much for each tile, whatever its width (in blocks of 16 x 64 codes; measured).
+  constexpr uint32_t kTileCost = 10;
+  const auto cost = [&](int width) {
+    const uint32_t tiles = all.tiles * TilesN(p, width);
+    return (tiles + gridDim.x - 1) / gridDim.x * (width / kBlockN * p.units * kBlocks + kTileCost);
+  };
+  constexpr int kNarrow = NarrowTile(kTileN, 1), kNarrower = NarrowTile(kTileN, 2);
+  const uint32_t costs[] = {cost(kTileN), cost(kNarrow), cost(kNarrower)};
+  char* const partials = shared + params.table_bytes;
+#define W4A16_RUN(WIDTH) \
+  RunTiles<T, WIDTH, kTileM, kBlocks, kStages, kZeros, kParts>(params, table, all.tiles, partials)
+  if (costs[0] <= min(costs[1], costs[2])) {
+    W4A16_RUN(kTileN);
+  } else if (costs[1] <= costs[2]) {
+    W4A16_RUN(kNarrow);
+  } else {
+    W4A16_RUN(kNarrower);
+  }
+#undef W4A16_RUN
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros>
