@@ -232,11 +232,13 @@ __global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
   ClearRows(p.out, all.rows, p.m, p.n * (p.out_float32 ? 4 : 2));
 
   // Of the widths that are compiled in, the one with which the CTA with the most tiles has least to
-  // do: so much for each tile, whatever its width (in blocks of 16 x 64 codes; measured).
-  constexpr uint32_t kTileCost = 10;
+  // do, in blocks of 16 x 64 codes: so much for each tile and for each of its blocks along K,
+  // whatever its width (measured).
+  constexpr uint32_t kTileCost = 10, kRowCost = 1 + kTileM / 4;
   const auto cost = [&](int width) {
     const uint32_t tiles = all.tiles * TilesN(p, width);
-    return (tiles + gridDim.x - 1) / gridDim.x * (width / kBlockN * p.units * kBlocks + kTileCost);
+    return (tiles + gridDim.x - 1) / gridDim.x *
+           ((width / kBlockN + kRowCost) * p.units * kBlocks + kTileCost);
   };
   constexpr int kNarrow = NarrowTile(kTileN, 1), kNarrower = NarrowTile(kTileN, 2);
   const uint32_t costs[] = {cost(kTileN), cost(kNarrow), cost(kNarrower)};
