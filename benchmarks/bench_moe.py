@@ -6,7 +6,7 @@ Tokens go to random experts, top k, with a fixed seed. Columns are CUDA graphs o
 (timing.py). The floor is a bare read of as many bytes as the experts that have rows hold, the limit the
 larger of that and 2 rows N K operations at 790 TFLOP/s. The rivals multiply dense weights:
 torch._grouped_mm and, with --jax, jax.lax.ragged_dot under jit, in a process of its own. --sweep times every
-compiled configuration.
+compiled configuration. Rows of models that are not measured stay in the file.
 Exit status 0: every result was right.
 """
 
@@ -347,6 +347,10 @@ def main(argv: list[str] | None = None) -> int:
         row["jax_ragged_dot_us"] = rivals.get((row["model"], row["layer"], row["tokens"]))
         for name, value in row.items():
             row[name] = round(value, 3) if isinstance(value, float) else value
+    if options.output.exists():
+        measured = {layer.model for layer in _wanted(options)}
+        known = json.loads(options.output.read_text())["rows"]
+        rows = [row for row in known if row["model"] not in measured] + rows
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     header = {**facts, "date": date, "group_size": options.group_size, "protocol": timing.PROTOCOL}
     lines = ",\n".join("  " + json.dumps(row) for row in rows)

@@ -24,7 +24,6 @@ WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config) 
       .m = static_cast<int>(p.m),
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
-      .x_rows = config.tile_m,
       .group_size = static_cast<int>(std::min(p.group_size, CeilDiv(p.k, 32) * 32)),
       .groups = static_cast<int>(NumGroups(p)),
       .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
@@ -80,13 +79,11 @@ Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, con
                       cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindRaggedWgmmaF16 : FindRaggedWgmmaBf16;
   const ExpertParams experts = ExpertParamsOf(p, e, config.tile_n);
-  RaggedMaps maps;
-  for (int i = 0; i < kQuarters; ++i) {
-    const int rows = config.tile_m / kQuarters * (i + 1);
-    if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, rows, &maps.x[i]); !s.ok()) return s;
-  }
+  CUtensorMap x_map;
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x_map); !s.ok())
+    return s;
   return LaunchWgmma(config, find(config, p.has_zeros, FoldsScales(config, p)),
-                     MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n, stream, maps,
+                     MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n, stream, x_map,
                      ParamsOf(p, o, config), experts);
 }
 

@@ -76,7 +76,6 @@ struct WgmmaParams {
   const void* bias;
   void* out;
   int m, n, k;
-  int x_rows;      // of a box of x_map
   int group_size;  // at most K rounded up to a multiple of 32
   int groups;
   int tiles_m, tiles_n;
@@ -238,7 +237,7 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
     ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
     const bool elected = ptx::ElectOne();
     if (elected)
-      ptx::MbarrierArriveExpectTx(full, blocks * (p.x_rows * 128 + code_bytes) +
+      ptx::MbarrierArriveExpectTx(full, blocks * (Shape::kXBytes + code_bytes) +
                                             rows * row_bytes * (Shape::kHasZeros ? 2 : 1));
 #pragma unroll
     for (int b = 0; b < Shape::kBlocks; ++b) {

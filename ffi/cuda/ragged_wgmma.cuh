@@ -1,10 +1,8 @@
 // wgmma for ragged products: gemm_wgmma.cuh's tiles, each of the rows and the weight of one expert.
 //
 // The grid is sized for the worst group_sizes; a CTA finds its tile in them, or exits. A box of x
-// has as many quarters of kTileM rows as the tile needs: x comes from L2, whose bandwidth is what
-// limits tiles of few tokens. What is left of the rows in shared memory, and what the box brings of
-// the next expert's, makes sums that are not stored. Rows of no expert make tiles without blocks of
-// K, whose sums are zero.
+// may bring the next expert's rows along; their sums are not stored. Rows of no expert make tiles
+// without blocks of K, whose sums are zero.
 #pragma once
 
 #include "expert_map.cuh"
@@ -12,23 +10,17 @@
 
 namespace w4a16 {
 
-inline constexpr int kQuarters = 4;
-
-// Boxes of 1 to 4 quarters of kTileM rows.
-struct RaggedMaps {
-  CUtensorMap x[kQuarters];
-};
-
 // What the host needs to launch an instantiation.
 struct RaggedWgmmaKernel {
-  void (*kernel)(RaggedMaps, WgmmaParams, ExpertParams);
+  void (*kernel)(CUtensorMap, WgmmaParams, ExpertParams);
   int threads;
   int shared_bytes;
 };
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
-    RaggedWgmma(const __grid_constant__ RaggedMaps maps, const __grid_constant__ WgmmaParams params,
+    RaggedWgmma(const __grid_constant__ CUtensorMap x_map,
+                const __grid_constant__ WgmmaParams params,
                 const __grid_constant__ ExpertParams e) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   WgmmaParams p = params;
@@ -40,11 +32,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   p.qweight += tile.expert * e.qweight_words;
   p.scales = static_cast<const T*>(p.scales) + tile.expert * e.scale_elements;
   p.zeros = static_cast<const T*>(p.zeros) + tile.expert * e.scale_elements;
-  const int m0 = tile.first + tile.index % tile.tiles_m * Shape::kTileM;
-  constexpr int kQuarter = Shape::kTileM / kQuarters;
-  const int more = min(tile.end - m0 - 1, Shape::kTileM - 1) / kQuarter;
-  p.x_rows = (more + 1) * kQuarter;
-  GemmTile<T, Shape>(maps.x[more], p, tile.index / tile.tiles_m * Shape::kTileN, m0);
+  GemmTile<T, Shape>(x_map, p, tile.index / tile.tiles_m * Shape::kTileN,
+                     tile.first + tile.index % tile.tiles_m * Shape::kTileM);
 #else
   __trap();
 #endif
