@@ -171,7 +171,7 @@ def measure(weights: Weights, tokens: int, sweep: bool, failures: list[str]) -> 
     if sweep:
         configs = [
             name
-            for name in library.config_names()
+            for name in library.config_names(ragged=True)
             if library.ragged_refusal(problem, layer.experts, device, name) is None
         ]
     out = torch.empty((rows, layer.n), dtype=weights.torch_dtype, device="cuda")

@@ -114,10 +114,11 @@ class Library:
         """Whether it was built with CUDA kernels."""
         return bool(self._lib.w4a16_has_cuda())
 
-    def config_names(self) -> list[str]:
-        """All compiled configurations."""
+    def config_names(self, *, ragged: bool = False) -> list[str]:
+        """All compiled configurations of products, or of ragged ones."""
         count = self._lib.w4a16_config_count()
-        return [self._lib.w4a16_config_name(i).decode() for i in range(count)]
+        names = [self._lib.w4a16_config_name(i).decode() for i in range(count)]
+        return [name for name in names if name.startswith("ragged_") == ragged]
 
     def current_device(self) -> Device:
         """The current CUDA device."""

@@ -4,7 +4,8 @@
 // tolerance of the double-precision reference.
 //
 //   fuzz [--device cpu|cuda] [--cases C] [--seed S] [--only I]
-//        [--family decode|wgmma|persistent|cutlass|ragged|ragged_decode|ragged_wgmma]
+//        [--family
+//        decode|wgmma|persistent|cutlass|ragged|ragged_decode|ragged_wgmma|ragged_persistent]
 //
 // About a seventh of the cases, or all of the families "ragged...", are ragged products; half of
 // those have sizes that no x has. A failure prints one line that reproduces it. The last line
