@@ -79,24 +79,18 @@ class StageLoader {
                                          int first, int step)
       : p_(p),
         thread_(thread),
+        n0_(n0),
+        rows_(min(p.x_rows, p.m - m0)),
+        row_blocks_(p.blocks_n - n0 / kBlockN),
+        whole_tile_(row_blocks_ >= kTileBlocks),
         policy_(EvictFirstPolicy()),
+        k0_(first * kUnitK),
         step_(step * kUnitK),
-        block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes) {
-    Start(n0, m0, first);
-  }
-
-  // From here on, units of this tile.
-  __device__ __forceinline__ void Start(int n0, int m0, int first) {
-    n0_ = n0;
-    rows_ = min(p_.x_rows, p_.m - m0);
-    row_blocks_ = p_.blocks_n - n0 / kBlockN;
-    whole_tile_ = row_blocks_ >= kTileBlocks;
-    k0_ = first * kUnitK;
-    weights_ = reinterpret_cast<const char*>(p_.qweight) + first * kBlocks * block_row_bytes_ +
-               static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread_;
-    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + thread_ / kChunks) * p_.k + k0_ +
-         thread_ % kChunks * 8;
-  }
+        block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
+        weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
+                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
+        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0 + thread / kChunks) * p.k + k0_ +
+           thread % kChunks * 8) {}
 
   // Starts the copies of the next unit, as one group.
   __device__ __forceinline__ void Load(uint32_t stage) {
@@ -208,9 +202,8 @@ class StageLoader {
   }
 
   const DecodeParams& p_;
-  const int thread_;
-  int n0_, rows_, row_blocks_;
-  bool whole_tile_;
+  const int thread_, n0_, rows_, row_blocks_;
+  const bool whole_tile_;
   const uint64_t policy_;
   int k0_;
   const int step_;
@@ -382,10 +375,10 @@ __device__ __forceinline__ void TeamBarrier(int team) {
   }
 }
 
-// Rows n0 .. of the weight times tokens m0 .. : the work of the cluster's CTA `rank`.
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
           int kParts>
-__device__ __forceinline__ void DecodeTile(const DecodeParams& p, int n0, int m0, int rank) {
+__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
+    DecodeKernel(const __grid_constant__ DecodeParams p) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
@@ -394,6 +387,13 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p, int n0, int m0
   const int lane = threadIdx.x % 32, thread = threadIdx.x % (32 * kTeam), member = thread / 32;
   const int team = threadIdx.x / (32 * kTeam), num_teams = blockDim.x / (32 * kTeam);
   const int log2_split = p.log2_split_k, split = 1 << log2_split;
+  const int rank = blockIdx.x & (split - 1);
+  int tile_n = blockIdx.x >> log2_split, tile_m = 0;
+  if (p.tiles_m > 1) {
+    tile_m = tile_n % p.tiles_m;
+    tile_n /= p.tiles_m;
+  }
+  const int n0 = tile_n * kTileN, m0 = tile_m * kTileM;
 
   // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
@@ -503,20 +503,6 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p, int n0, int m0
     StoreOut<T>(p, m0 + token, n0 + 4 * quad,
                 SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
   }
-}
-
-template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
-          int kParts>
-__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
-    DecodeKernel(const __grid_constant__ DecodeParams p) {
-  const int rank = blockIdx.x & ((1 << p.log2_split_k) - 1);
-  int tile_n = blockIdx.x >> p.log2_split_k, tile_m = 0;
-  if (p.tiles_m > 1) {
-    tile_m = tile_n % p.tiles_m;
-    tile_n /= p.tiles_m;
-  }
-  DecodeTile<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kParts>(p, tile_n * kTileN,
-                                                                         tile_m * kTileM, rank);
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>

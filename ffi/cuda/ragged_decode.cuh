@@ -63,6 +63,153 @@ struct RaggedTile {
   }
 };
 
+// Fills a warp's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
+// first + step, ... Unlike decode.cuh's loader it can start over, at another tile of other `p`.
+template <typename T, int kTileN, int kTileM, int kBlocks, bool kZeros, int kParts>
+class UnitLoader {
+ public:
+  __device__ __forceinline__ UnitLoader(const DecodeParams& p, int step)
+      : p_(p),
+        thread_(threadIdx.x % 32),
+        policy_(EvictFirstPolicy()),
+        step_(step * kUnitK),
+        block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes) {
+    Start(0, 0, 0);
+  }
+
+  // From here on, units of this tile.
+  __device__ __forceinline__ void Start(int n0, int m0, int first) {
+    n0_ = n0;
+    rows_ = min(p_.x_rows, p_.m - m0);
+    row_blocks_ = p_.blocks_n - n0 / kBlockN;
+    whole_tile_ = row_blocks_ >= kTileBlocks;
+    k0_ = first * kUnitK;
+    weights_ = reinterpret_cast<const char*>(p_.qweight) + first * kBlocks * block_row_bytes_ +
+               static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread_;
+    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + thread_ / kChunks) * p_.k + k0_ +
+         thread_ % kChunks * 8;
+  }
+
+  // Starts the copies of the next unit, as one group.
+  __device__ __forceinline__ void Load(uint32_t stage) {
+    LoadWeights(stage);
+    const uint32_t x_stage = stage + kBlocks * kTileBlocks * kBlockBytes;
+    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kBlocks);
+    if (!kGeneral || p_.x_aligned) {
+      LoadX(x_stage);
+    } else {
+      LoadXUnaligned(x_stage);
+    }
+    if (!kGeneral || p_.n_aligned) {
+      LoadScales(scale_stage);
+    } else {
+      LoadScalesUnaligned(scale_stage);
+    }
+    k0_ += step_;
+    weights_ += step_ / kBlockK * block_row_bytes_;
+    x_ += step_;
+  }
+
+ private:
+  static constexpr int kThreads = 32;
+  static constexpr int kUnitK = kBlocks * kBlockK;
+  static constexpr int kTileBlocks = kTileN / kBlockN;
+  static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
+  static constexpr bool kGeneral = kParts == 2 * kBlocks;
+  static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
+
+  __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
+    const uint32_t dst = stage + 16 * thread_;
+    if (whole_tile_ && k0_ + kUnitK <= p_.k) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < kTileBlocks; ++r)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
+    } else {
+#pragma unroll 1
+      for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
+#pragma unroll 1
+        for (int r = 0; r < kTileBlocks && r < row_blocks_; ++r)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void LoadX(uint32_t dst) const {
+    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
+    constexpr int kPass = kThreads / kChunks;  // rows copied at a time
+    const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
+    const char* x = reinterpret_cast<const char*>(x_);
+    dst += row * XRowBytes(kBlocks) + 16 * chunk;
+    if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
+#pragma unroll
+      for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
+        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x);
+    } else {
+      const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
+#pragma unroll
+      for (int i = 0; i * kPass < kTileM; ++i, x += pass_bytes)
+        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, i * kPass + row < rows_, valid);
+    }
+  }
+
+  __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
+    // From the first of the rows, where aligned copies begin at this thread's chunk.
+    const T* x = x_ - static_cast<int64_t>(thread_ / kChunks) * p_.k - thread_ % kChunks * 8;
+    for (int i = thread_; i < rows_ * kUnitK; i += kThreads) {
+      const int row = i / kUnitK, k = i % kUnitK;
+      uint16_t v = 0;
+      if (k0_ + k < p_.k)
+        v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
+      StoreShared16(dst + row * XRowBytes(kBlocks) + 2 * k, v);
+    }
+  }
+
+  // From column n0_ on, the scales (row < kParts) or zeros of part row % kParts.
+  __device__ __forceinline__ const T* ScaleSource(int row) const {
+    const int part = row % kParts;
+    // The last unit may reach past K.
+    const int k = part == 0 ? k0_ : min(k0_ + part * (kUnitK / kParts), p_.k - 1);
+    const int group = static_cast<int>(__umulhi(k, p_.group_multiplier) >> p_.group_shift);
+    return static_cast<const T*>(!kZeros || row < kParts ? p_.scales : p_.zeros) +
+           static_cast<int64_t>(group) * p_.n + n0_;
+  }
+
+  __device__ __forceinline__ void LoadScales(uint32_t dst) const {
+    constexpr int kRowChunks = kTileN / 8;  // of 16 bytes
+#pragma unroll
+    for (int i = 0; i < kScaleRows * kRowChunks; i += kThreads) {
+      const int idx = i + thread_;
+      const int row = idx / kRowChunks, n = idx % kRowChunks * 8;
+      if (idx < kScaleRows * kRowChunks && n0_ + n < p_.n)
+        CopyAsync(dst + 16 * idx, ScaleSource(row) + n);
+    }
+  }
+
+  __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst) const {
+    for (int idx = thread_; idx < kScaleRows * kTileN; idx += kThreads) {
+      const int row = idx / kTileN, n = idx % kTileN;
+      if (n0_ + n < p_.n)
+        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row))[n]);
+    }
+  }
+
+  const DecodeParams& p_;
+  const int thread_;
+  int n0_, rows_, row_blocks_;
+  bool whole_tile_;
+  const uint64_t policy_;
+  int k0_;
+  const int step_;
+  const int64_t block_row_bytes_;
+  const char* weights_;
+  const T* x_;
+};
+
 // One warp's loads: its units of all tiles of the CTA. `source` are the parameters of the expert
 // that is being loaded, `loader` a loader of them.
 template <typename T, int kTileN, int kTileM, typename Loader>
@@ -190,8 +337,7 @@ __device__ __forceinline__ void RunTiles(const RaggedDecodeParams& params, const
   const int tiles_n = TilesN(p, kTileN);
   const uint32_t tiles = tiles_m * tiles_n;
   DecodeParams source = p;
-  StageLoader<T, kTileN, kTileM, kBlocks, 1, kZeros, kParts> loader(source, 0, 0, threadIdx.x % 32,
-                                                                    0, warps);
+  UnitLoader<T, kTileN, kTileM, kBlocks, kZeros, kParts> loader(source, warps);
   UnitStream<T, kTileN, kTileM, decltype(loader)> stream(params, table, tiles_n, tiles, source,
                                                          loader);
 #pragma unroll 1
