@@ -223,10 +223,9 @@ __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
 // (ragged_persistent.cuh).
 struct DenseUnits {
   static constexpr bool kRagged = false;
-  const PersistentParams& p;
-  __device__ inline int count() const { return p.units; }
+  __device__ inline int Count(const PersistentParams& p) const { return p.units; }
   template <typename Shape>
-  __device__ inline Unit Of(int index, int rank) const {
+  __device__ inline Unit Of(const PersistentParams& p, int index, int rank) const {
     return UnitOf<Shape>(p, index, rank);
   }
   __device__ inline int64_t QweightWords(const Unit&) const { return 0; }
@@ -242,8 +241,8 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
   const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
   int slot = 0;
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
-  for (int index = first; index < units.count(); index += stride) {
-    const Unit unit = units.template Of<Shape>(index, rank);
+  for (int index = first; index < units.Count(p); index += stride) {
+    const Unit unit = units.template Of<Shape>(p, index, rank);
     const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
     const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
     // The last cluster along N may reach beyond N by whole CTAs.
@@ -508,7 +507,7 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
       const int token = m0 + 8 * (i / 4) + 2 * (lane % 4) + (i & 1), r = (i >> 1) & 1;
-      if (token < end && n + 8 * r < p.n)
+      if (token < (kRagged ? end : p.m) && n + 8 * r < p.n)
         static_cast<float*>(p.out)[static_cast<int64_t>(token) * p.n + n + 8 * r] =
             fmaf(p.alpha, acc[i], bias[r]);
     }
@@ -586,21 +585,21 @@ __device__ inline void ConsumeUnits(const PersistentMaps& maps, const Persistent
       .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
       .releases = lane < Shape::kCluster,
   };
-  if (!Units::kRagged || index < units.count()) consumer.Begin();
+  if (!Units::kRagged || index < units.Count(p)) consumer.Begin();
   const auto run = [&]<int kRows, int kTokens>(int end) {
     for (; index < end; index += stride) {
       float acc[kRows][kTokens / 2];
-      consumer.template Run<kRows, kTokens>(acc, blocks, index + stride < units.count());
-      const Unit unit = units.template Of<Shape>(index, rank);
+      consumer.template Run<kRows, kTokens>(acc, blocks, index + stride < units.Count(p));
+      const Unit unit = units.template Of<Shape>(p, index, rank);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
         StoreUnit<T, Shape, kTokens, Units::kRagged>(
             maps, p, acc[r], shared, unit.n0 + 64 * (r * Shape::kWarpgroups + group), unit.m0,
-            Units::kRagged ? unit.end : p.m);
+            unit.end);
     }
   };
   if constexpr (Units::kRagged) {
-    run.template operator()<kMine, Shape::kTileM>(units.count());
+    run.template operator()<kMine, Shape::kTileM>(units.Count(p));
   } else if constexpr (Shape::kMostRows == 1) {
     run.template operator()<1, Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
     if constexpr (Shape::kMaxTailShift >= 1) {
@@ -675,7 +674,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     ptx::ClusterArrive();
     ptx::ClusterWait();
   }
-  RunUnits<T, Shape>(maps, p, DenseUnits{p}, shared, warp);
+  RunUnits<T, Shape>(maps, p, DenseUnits{}, shared, warp);
   if constexpr (Shape::kCluster > 1) {
     ptx::ClusterArrive();  // S5
     ptx::ClusterWait();

@@ -549,10 +549,10 @@ __device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, 
   *tile_n = inside / width;
 }
 
-// Rows n0 .. of the weight times tokens m0 .. : the work of a CTA.
-template <typename T, typename Shape>
-__device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaParams& p, int n0,
-                                         int m0) {
+// The work of a CTA: rows n0 .. of the weight times tokens m0 .. , which `find` tells it.
+template <typename T, typename Shape, typename Find>
+__device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaParams& p,
+                                         const Find& find) {
   static_assert(Shape::kCtasPerSm > 0, "too much shared memory");
   extern __shared__ __align__(1024) char storage[];
   const uint32_t shared = ptx::SharedAddress(storage);
@@ -584,6 +584,9 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
     ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);  // S7
   else if (warp < kProducerWarp)
     ptx::NamedBarrier(1, Shape::kConsumers + 32);  // S7
+
+  int n0, m0;
+  find(&n0, &m0);
 
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int64_t chunks = CeilDiv(blocks_k, Shape::kBlocks);
@@ -632,9 +635,12 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     GemmWgmma(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  int tile_n, tile_m;
-  TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
-  GemmTile<T, Shape>(x_map, p, tile_n * Shape::kTileN, tile_m * Shape::kTileM);
+  GemmTile<T, Shape>(x_map, p, [&](int* n0, int* m0) {
+    int tile_n, tile_m;
+    TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
+    *n0 = tile_n * Shape::kTileN;
+    *m0 = tile_m * Shape::kTileM;
+  });
 #else
   __trap();
 #endif

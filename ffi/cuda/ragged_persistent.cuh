@@ -29,10 +29,10 @@ struct RaggedUnits {
   const ExpertEnd* table;
   int tiles;
 
-  __device__ inline int count() const { return tiles; }
+  __device__ inline int Count(const PersistentParams&) const { return tiles; }
 
   template <typename Shape>
-  __device__ inline Unit Of(int index, int) const {
+  __device__ inline Unit Of(const PersistentParams&, int index, int) const {
     int expert = 0;  // the first whose tiles end beyond `index`
     for (int length = e.experts; length > 0;) {
       const int half = length / 2;

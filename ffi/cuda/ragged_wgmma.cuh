@@ -32,8 +32,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   p.qweight += tile.expert * e.qweight_words;
   p.scales = static_cast<const T*>(p.scales) + tile.expert * e.scale_elements;
   p.zeros = static_cast<const T*>(p.zeros) + tile.expert * e.scale_elements;
-  GemmTile<T, Shape>(x_map, p, tile.index / tile.tiles_m * Shape::kTileN,
-                     tile.first + tile.index % tile.tiles_m * Shape::kTileM);
+  GemmTile<T, Shape>(x_map, p, [&](int* n0, int* m0) {
+    *n0 = tile.index / tile.tiles_m * Shape::kTileN;
+    *m0 = tile.first + tile.index % tile.tiles_m * Shape::kTileM;
+  });
 #else
   __trap();
 #endif
