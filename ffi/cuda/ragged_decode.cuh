@@ -148,7 +148,7 @@ class UnitLoader {
     if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
 #pragma unroll
       for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
-        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x);
+        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, true, true);
     } else {
       const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
 #pragma unroll
