@@ -60,6 +60,11 @@ _STATUS_FUNCTIONS = {
     "w4a16_can_implement": [POINTER(Problem), POINTER(Device), c_char_p],
     "w4a16_workspace_bytes": [POINTER(Problem), POINTER(Device), c_char_p, POINTER(c_int64)],
     "w4a16_run_cuda": [POINTER(Problem), POINTER(Operands), c_char_p, c_void_p],
+    "w4a16_ragged_select": [POINTER(Problem), c_int64, POINTER(Device), POINTER(c_char_p)],
+    "w4a16_ragged_can_implement": [POINTER(Problem), c_int64, POINTER(Device), c_char_p],
+    "w4a16_ragged_run_cuda": [
+        POINTER(Problem), c_int64, POINTER(Operands), c_void_p, c_char_p, c_void_p,
+    ],
     "w4a16_pack_cuda": [c_void_p, c_int64, c_int64, c_void_p, c_void_p],
     "w4a16_dequantize_cuda": [
         c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p,
@@ -109,10 +114,11 @@ class Library:
         """Whether it was built with CUDA kernels."""
         return bool(self._lib.w4a16_has_cuda())
 
-    def config_names(self) -> list[str]:
-        """All compiled configurations."""
+    def config_names(self, *, ragged: bool = False) -> list[str]:
+        """All compiled configurations of products, or of ragged ones."""
         count = self._lib.w4a16_config_count()
-        return [self._lib.w4a16_config_name(i).decode() for i in range(count)]
+        names = [self._lib.w4a16_config_name(i).decode() for i in range(count)]
+        return [name for name in names if name.startswith("ragged_") == ragged]
 
     def current_device(self) -> Device:
         """The current CUDA device."""
@@ -144,6 +150,33 @@ class Library:
     def run_cuda(self, problem: Problem, operands: Operands, config: bytes, stream: int) -> None:
         """w4a16_run_cuda."""
         self._call("w4a16_run_cuda", problem, operands, config, stream)
+
+    def ragged_select(self, problem: Problem, experts: int, device: Device) -> str:
+        """The configuration that the library would choose for a ragged product."""
+        config = c_char_p()
+        self._call("w4a16_ragged_select", problem, experts, device, config)
+        assert config.value is not None
+        return config.value.decode()
+
+    def ragged_refusal(self, problem: Problem, experts: int, device: Device, config: str) -> str | None:
+        """Why `config` cannot serve a ragged product, or None if it can."""
+        try:
+            self._call("w4a16_ragged_can_implement", problem, experts, device, config.encode())
+        except NativeError as error:
+            return str(error)
+        return None
+
+    def ragged_run_cuda(
+        self,
+        problem: Problem,
+        experts: int,
+        operands: Operands,
+        group_sizes: int,
+        config: bytes,
+        stream: int,
+    ) -> None:
+        """w4a16_ragged_run_cuda."""
+        self._call("w4a16_ragged_run_cuda", problem, experts, operands, group_sizes, config, stream)
 
     def pack_cuda(self, codes: int, k: int, n: int, qweight: int, stream: int) -> None:
         """w4a16_pack_cuda."""

@@ -82,6 +82,7 @@ nb::list Configs() {
     entry["split_k"] = c.split_k;
     entry["cluster_n"] = c.cluster_n;
     entry["cluster_m"] = c.cluster_m;
+    entry["ragged"] = c.ragged;
     configs.append(entry);
   }
   return configs;
@@ -158,4 +159,40 @@ NB_MODULE(_w4a16, m) {
       nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
       nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
       "Why `config` cannot serve the problem, or None if it can.");
+  m.def(
+      "ragged_select",
+      [](int64_t experts, int64_t m, int64_t n, int64_t k, int64_t group_size,
+         const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
+         bool batch_invariant, int compute_capability, int num_sms) {
+        return WithProblem(
+            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
+            compute_capability, num_sms, [&](const auto& problem, const auto& device) {
+              const char* config = nullptr;
+              ThrowIfFailed(w4a16_ragged_select(&problem, experts, &device, &config));
+              return config;
+            });
+      },
+      nb::arg("experts"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
+      nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
+      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"));
+  m.def(
+      "ragged_can_implement",
+      [](const std::string& config, int64_t experts, int64_t m, int64_t n, int64_t k,
+         int64_t group_size, const std::string& x_dtype, const std::string& out_dtype,
+         bool has_zeros, bool has_bias, bool batch_invariant, int compute_capability, int num_sms) {
+        return WithProblem(
+            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
+            compute_capability, num_sms,
+            [&](const auto& problem, const auto& device) -> std::optional<std::string> {
+              const w4a16_status status =
+                  w4a16_ragged_can_implement(&problem, experts, &device, config.c_str());
+              if (status.code == W4A16_OK) return std::nullopt;
+              if (status.code == W4A16_UNSUPPORTED) return status.message;
+              throw nb::value_error(status.message);
+            });
+      },
+      nb::arg("config"), nb::arg("experts"), nb::arg("m"), nb::arg("n"), nb::arg("k"),
+      nb::arg("group_size"), nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"),
+      nb::arg("has_bias"), nb::arg("batch_invariant"), nb::arg("compute_capability"),
+      nb::arg("num_sms"));
 }

@@ -83,6 +83,12 @@ Status CheckCall(const w4a16_problem* problem, const void* other, const char* ot
   return CheckProblem(*problem);
 }
 
+Status CheckCall(const w4a16_problem* problem, int64_t experts, const void* other,
+                 const char* other_name) {
+  if (Status s = CheckCall(problem, other, other_name); !s.ok()) return s;
+  return CheckRaggedProblem(*problem, experts);
+}
+
 // The checks that pack, dequantise and quantise share: they are a product's without x.
 Status CheckWeight(int64_t k, int64_t n, int64_t group_size, const uint32_t* qweight,
                    const void* scales, const void* zeros, DType scale_dtype, const void* values,
@@ -116,7 +122,11 @@ Status CheckCodes(int64_t k, int64_t n, const uint32_t* qweight, const uint8_t* 
   return CheckWeight(k, n, k, qweight, &kNoScales, nullptr, W4A16_F16, codes, W4A16_F16);
 }
 
-#ifndef W4A16_WITH_CUDA
+#ifdef W4A16_WITH_CUDA
+Status LookUpUnlessAuto(const char* name, const Config** config) {
+  return name == nullptr || std::strcmp(name, "auto") == 0 ? Status() : LookUp(name, config);
+}
+#else
 Status NoCuda() { return Status::Unsupported("this build has no CUDA kernels"); }
 #endif
 
@@ -195,6 +205,41 @@ w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_operands* o
   });
 }
 
+w4a16_status w4a16_ragged_select(const w4a16_problem* problem, int64_t experts,
+                                 const w4a16_device* device, const char** config) {
+  return Guard([&]() -> Status {
+    if (Status s = CheckCall(problem, experts, device, "device"); !s.ok()) return s;
+    if (Status s = CheckPointer("config", config); !s.ok()) return s;
+    const Config* chosen = nullptr;
+    if (Status s = SelectRagged(*problem, experts, *device, &chosen); !s.ok()) return s;
+    *config = chosen->name;
+    return {};
+  });
+}
+
+w4a16_status w4a16_ragged_can_implement(const w4a16_problem* problem, int64_t experts,
+                                        const w4a16_device* device, const char* config) {
+  return Guard([&]() -> Status {
+    if (Status s = CheckCall(problem, experts, device, "device"); !s.ok()) return s;
+    const Config* found = nullptr;
+    if (Status s = LookUp(config, &found); !s.ok()) return s;
+    return CanImplementRagged(*problem, experts, *device, *found);
+  });
+}
+
+w4a16_status w4a16_ragged_run_cpu(const w4a16_problem* problem, int64_t experts,
+                                  const w4a16_operands* operands, const int32_t* group_sizes,
+                                  const w4a16_executor* executor) {
+  return Guard([&]() -> Status {
+    if (Status s = CheckCall(problem, experts, operands, "operands"); !s.ok()) return s;
+    const Experts e = {experts, group_sizes};
+    if (Status s = CheckRaggedOperands(*problem, e, *operands); !s.ok()) return s;
+    OnExecutor(executor,
+               [&](cpu::Executor& threads) { cpu::RaggedDot(*problem, e, *operands, threads); });
+    return {};
+  });
+}
+
 w4a16_status w4a16_pack_cpu(const uint8_t* codes, int64_t k, int64_t n, uint32_t* qweight,
                             const w4a16_executor* executor) {
   return Guard([&]() -> Status {
@@ -249,10 +294,21 @@ w4a16_status w4a16_run_cuda(const w4a16_problem* problem, const w4a16_operands* 
     if (Status s = CheckCall(problem, operands, "operands"); !s.ok()) return s;
     if (Status s = CheckOperands(*problem, *operands); !s.ok()) return s;
     const Config* found = nullptr;
-    if (config != nullptr && std::strcmp(config, "auto") != 0) {
-      if (Status s = LookUp(config, &found); !s.ok()) return s;
-    }
+    if (Status s = LookUpUnlessAuto(config, &found); !s.ok()) return s;
     return RunCuda(*problem, *operands, found, static_cast<cudaStream_t>(stream));
+  });
+}
+
+w4a16_status w4a16_ragged_run_cuda(const w4a16_problem* problem, int64_t experts,
+                                   const w4a16_operands* operands, const int32_t* group_sizes,
+                                   const char* config, void* stream) {
+  return Guard([&]() -> Status {
+    if (Status s = CheckCall(problem, experts, operands, "operands"); !s.ok()) return s;
+    const Experts e = {experts, group_sizes};
+    if (Status s = CheckRaggedOperands(*problem, e, *operands); !s.ok()) return s;
+    const Config* found = nullptr;
+    if (Status s = LookUpUnlessAuto(config, &found); !s.ok()) return s;
+    return RunRaggedCuda(*problem, e, *operands, found, static_cast<cudaStream_t>(stream));
   });
 }
 
@@ -304,6 +360,10 @@ w4a16_status w4a16_read_floor_cuda(const void* data, int64_t bytes, void* sink, 
 
 w4a16_status w4a16_current_device(w4a16_device*) { return Guard(NoCuda); }
 w4a16_status w4a16_run_cuda(const w4a16_problem*, const w4a16_operands*, const char*, void*) {
+  return Guard(NoCuda);
+}
+w4a16_status w4a16_ragged_run_cuda(const w4a16_problem*, int64_t, const w4a16_operands*,
+                                   const int32_t*, const char*, void*) {
   return Guard(NoCuda);
 }
 w4a16_status w4a16_pack_cuda(const uint8_t*, int64_t, int64_t, uint32_t*, void*) {

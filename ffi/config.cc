@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 
-#include "cuda/decode.h"
+#include "cuda/ragged_decode.h"
 
 namespace w4a16 {
 namespace {
@@ -47,6 +47,33 @@ constexpr Config kConfigs[] = {
    .cluster_m = CM,                                                            \
    .schedule = Schedule::k##SCHEDULE,                                          \
    .scheduler = Scheduler::k##SCHEDULER,                                       \
+   W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_RAGGED_DECODE(N, M, BLOCKS, WARPS, STAGES, ...)                \
+  {.name = "ragged_decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_s" #STAGES, \
+   .family = Family::kDecode,                                                \
+   .tile_n = N,                                                              \
+   .tile_m = M,                                                              \
+   .blocks = BLOCKS,                                                         \
+   .warps = WARPS,                                                           \
+   .stages = STAGES,                                                         \
+   .ragged = true,                                                           \
+   W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)           \
+  {.name = "ragged_wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kWgmma,                                   \
+   .tile_n = N,                                                \
+   .tile_m = M,                                                \
+   .stages = STAGES,                                           \
+   .split_k = SPLIT,                                           \
+   .ragged = true,                                             \
+   W4A16_COSTS(__VA_ARGS__)},
+#define W4A16_RAGGED_PERSISTENT(N, M, STAGES, ...)      \
+  {.name = "ragged_persistent_" #N "x" #M "_s" #STAGES, \
+   .family = Family::kPersistent,                       \
+   .tile_n = N,                                         \
+   .tile_m = M,                                         \
+   .stages = STAGES,                                    \
+   .ragged = true,                                      \
    W4A16_COSTS(__VA_ARGS__)},
 #include "configs.inc"
 #undef W4A16_COSTS
@@ -123,9 +150,15 @@ bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& conf
   return IsInvariantDecode(config);
 }
 
-}  // namespace
+Status CheckSharedMemory(const Device& device, const Config& config, int64_t needed) {
+  const int most = SharedMemoryPerCta(device.compute_capability);
+  if (needed <= most) return {};
+  return Refuse(config, "needs " + std::to_string(needed) + " bytes of shared memory of " +
+                            std::to_string(most));
+}
 
-Status CanImplement(const Problem& p, const Device& device, const Config& config) {
+// What a kernel asks of a problem, ragged or not.
+Status CanServe(const Problem& p, const Device& device, const Config& config) {
   const int cc = device.compute_capability;
   if (p.x_dtype == W4A16_F32)
     return Refuse(config, "x is float32; CUDA kernels take float16 or bfloat16");
@@ -136,11 +169,7 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   if (config.family == Family::kDecode) {
     if (config.split_k > 1 && cc < 90)
       return Refuse(config, "split-K is a cluster, which needs compute capability 9.0 or later");
-    const int needed = SharedMemoryOfDecode(p, config).total_bytes, most = SharedMemoryPerCta(cc);
-    if (needed > most)
-      return Refuse(config, "needs " + std::to_string(needed) + " bytes of shared memory of " +
-                                std::to_string(most));
-    return {};
+    return CheckSharedMemory(device, config, SharedMemoryOfDecode(p, config).total_bytes);
   }
   if (const char* why = HopperRefusal(p, cc); why != nullptr) return Refuse(config, why);
   if (config.family == Family::kCutlass) {
@@ -151,6 +180,25 @@ Status CanImplement(const Problem& p, const Device& device, const Config& config
   if (config.family != Family::kWgmma && p.group_size < p.k && p.group_size % kBlockK != 0)
     return Refuse(config, "group size is not a multiple of 64");
   return {};
+}
+
+}  // namespace
+
+Status CanImplement(const Problem& p, const Device& device, const Config& config) {
+  if (config.ragged) return Refuse(config, "serves ragged products alone");
+  return CanServe(p, device, config);
+}
+
+Status CanImplementRagged(const Problem& p, int64_t experts, const Device& device,
+                          const Config& config) {
+  if (!config.ragged) return Refuse(config, "does not serve ragged products");
+  if (config.family == Family::kDecode) {
+    const int64_t needed = SharedMemoryOfRaggedDecode(p, experts, config).total_bytes;
+    if (Status s = CheckSharedMemory(device, config, needed); !s.ok()) return s;
+  }
+  if (config.family == Family::kPersistent && experts > kMostPersistentExperts)
+    return Refuse(config, "more than " + std::to_string(kMostPersistentExperts) + " experts");
+  return CanServe(p, device, config);
 }
 
 // What PersistentTileSchedulerSm90StreamKParams::get_workspace_component_sizes of CUTLASS counts

@@ -33,6 +33,7 @@ struct Config {
   int split_k = 1;    // CTAs (a cluster) that share a tile's K, summed in fixed order
   int cluster_n = 1;  // CTAs along N and M that share loads by multicast
   int cluster_m = 1;
+  bool ragged = false;  // finds its rows and weights by expert
   Schedule schedule = Schedule::kNone;
   Scheduler scheduler = Scheduler::kDataParallel;
   float start_us = 0, step_ns = 0, tile_us = 0, fill = 1;  // measured: heuristics.cc
@@ -45,6 +46,10 @@ const Config* FindConfig(std::string_view name);  // nullptr if unknown
 
 // OK if `config` can serve `problem` (which has passed CheckProblem) on `device`; else why not.
 Status CanImplement(const Problem& problem, const Device& device, const Config& config);
+
+// The same of a ragged product, which has passed CheckRaggedProblem. It needs no workspace.
+Status CanImplementRagged(const Problem& problem, int64_t experts, const Device& device,
+                          const Config& config);
 
 // Bytes of workspace that `config` needs for `problem`.
 int64_t WorkspaceBytes(const Problem& problem, const Device& device, const Config& config);

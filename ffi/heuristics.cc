@@ -1,6 +1,7 @@
 #include "heuristics.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "cuda/gemm_persistent.h"
@@ -60,6 +61,52 @@ Status Select(const Problem& problem, const Device& device, int64_t workspace_li
     }
   }
   if (best == nullptr) return Status::Unsupported("no kernel serves this problem:" + refusals);
+  *config = best;
+  return {};
+}
+
+namespace {
+
+// Tiles of tile_m rows that m rows make which fall to experts at random: of each expert one for
+// every multiple of tile_m that its rows exceed. They are a Poisson variable, near enough normal.
+double ExpectedTiles(int64_t m, int64_t experts, int tile_m) {
+  if (m == 0 || experts == 0) return 0;
+  const double mean = static_cast<double>(m) / static_cast<double>(experts);
+  const double spread = std::sqrt(2 * mean);
+  // As many are exceeded for certain; of the others, those that are not too improbable.
+  const double certain = std::max(0.0, std::floor((mean - 4 * spread) / tile_m));
+  double tiles = certain > 0 ? certain : 1 - std::exp(-mean);
+  for (double rows = std::max(certain, 1.0) * tile_m; rows < mean + 4 * spread; rows += tile_m)
+    tiles += 0.5 * std::erfc((rows + 0.5 - mean) / spread);
+  return tiles * static_cast<double>(experts);
+}
+
+}  // namespace
+
+Status SelectRagged(const Problem& problem, int64_t experts, const Device& device,
+                    const Config** config) {
+  const Config* best = nullptr;
+  double best_us = std::numeric_limits<double>::infinity();
+  std::string refusals;
+  for (int i = 0; i < NumConfigs(); ++i) {
+    const Config& candidate = ConfigAt(i);
+    if (!candidate.ragged) continue;
+    if (Status s = CanImplementRagged(problem, experts, device, candidate); !s.ok()) {
+      refusals += "\n  " + s.message();
+      continue;
+    }
+    const double tiles = ExpectedTiles(problem.m, experts, candidate.tile_m) *
+                         static_cast<double>(CeilDiv(problem.n, candidate.tile_n));
+    const double tile_us =
+        static_cast<double>(BlocksK(problem.k)) * candidate.step_ns * 1e-3 + candidate.tile_us;
+    const double us = candidate.start_us + tiles / std::max(device.num_sms, 1) * tile_us;
+    if (us < best_us) {
+      best = &candidate;
+      best_us = us;
+    }
+  }
+  if (best == nullptr)
+    return Status::Unsupported("no kernel serves this ragged product:" + refusals);
   *config = best;
   return {};
 }

@@ -11,4 +11,8 @@ namespace w4a16 {
 Status Select(const Problem& problem, const Device& device, int64_t workspace_limit_bytes,
               const Config** config);
 
+// The same for a ragged product of `experts` experts. How the rows fall to them is not known.
+Status SelectRagged(const Problem& problem, int64_t experts, const Device& device,
+                    const Config** config);
+
 }  // namespace w4a16

@@ -5,6 +5,7 @@ namespace {
 
 // Keeps every element count and byte count below 2^62.
 constexpr int64_t kMaxExtent = int64_t{1} << 30;
+constexpr int64_t kMaxExperts = 1 << 16;
 
 std::string Got(const char* name, int64_t value) {
   return std::string(name) + " = " + std::to_string(value);
@@ -68,6 +69,27 @@ Status CheckOperands(const Problem& p, const Operands& o) {
   if (!p.has_bias && o.bias != nullptr)
     return Status::Invalid("bias: expected null, because the problem has none");
   return {};
+}
+
+Status CheckRaggedProblem(const Problem& p, int64_t experts) {
+  if (Status s = CheckProblem(p); !s.ok()) return s;
+  if (experts < 0 || experts > kMaxExperts)
+    return Status::Invalid(Got("experts", experts) + ": expected 0.." +
+                           std::to_string(kMaxExperts));
+  if (p.has_bias) return Status::Invalid("has_bias: a ragged product has none");
+  if (p.batch_invariant)
+    return Status::Invalid("batch_invariant: a ragged product does not promise it");
+  int64_t codes = 0;
+  if (__builtin_mul_overflow(BlocksK(p.k) * BlocksN(p.n) * kBlockBytes, experts, &codes))
+    return Status::Invalid(Got("experts", experts) + ": their weights are larger than any memory");
+  return {};
+}
+
+Status CheckRaggedOperands(const Problem& p, const Experts& e, const Operands& o) {
+  Problem read = p;
+  if (e.count == 0) read.k = 0;  // nothing is read
+  if (Status s = CheckOperands(read, o); !s.ok()) return s;
+  return CheckPointer("group_sizes", e.group_sizes, p.m * p.n > 0 ? e.count : 0);
 }
 
 }  // namespace w4a16

@@ -28,4 +28,16 @@ Status CheckProblem(const Problem& p);
 // Pointers present and aligned to 16 bytes. `p` has passed CheckProblem.
 Status CheckOperands(const Problem& p, const Operands& o);
 
+// What a ragged product has beyond a product.
+struct Experts {
+  int64_t count;
+  const int32_t* group_sizes;  // [count], of the backend's memory
+};
+
+// CheckProblem and the number of experts; a ragged product has no bias.
+Status CheckRaggedProblem(const Problem& p, int64_t experts);
+
+// As CheckOperands. `p` has passed CheckRaggedProblem.
+Status CheckRaggedOperands(const Problem& p, const Experts& e, const Operands& o);
+
 }  // namespace w4a16

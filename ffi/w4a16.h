@@ -127,6 +127,26 @@ W4A16_API w4a16_status w4a16_run_cuda(const w4a16_problem* problem, const w4a16_
 W4A16_API w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_operands* operands,
                                      const w4a16_executor* executor);
 
+/* The ragged product (mixture of experts): row m of x times the weight of its expert.
+ *
+ * The M rows of x are sorted by expert: the first group_sizes[0] are expert 0's, and so on.
+ * qweight, scales and zeros hold `experts` weights one after the other. Rows beyond the sum of
+ * group_sizes give zeros; a negative size counts as 0, and what exceeds M is cut off. group_sizes
+ * are int32[experts], on the device for _cuda, which never reads them on the host. problem's
+ * has_bias and batch_invariant must be 0; no workspace is needed. */
+W4A16_API w4a16_status w4a16_ragged_select(const w4a16_problem* problem, int64_t experts,
+                                           const w4a16_device* device, const char** config);
+W4A16_API w4a16_status w4a16_ragged_can_implement(const w4a16_problem* problem, int64_t experts,
+                                                  const w4a16_device* device, const char* config);
+W4A16_API w4a16_status w4a16_ragged_run_cuda(const w4a16_problem* problem, int64_t experts,
+                                             const w4a16_operands* operands,
+                                             const int32_t* group_sizes, const char* config,
+                                             void* stream);
+W4A16_API w4a16_status w4a16_ragged_run_cpu(const w4a16_problem* problem, int64_t experts,
+                                            const w4a16_operands* operands,
+                                            const int32_t* group_sizes,
+                                            const w4a16_executor* executor);
+
 /* codes uint8[K, N] (0..15; higher bits are ignored) -> qweight. */
 W4A16_API w4a16_status w4a16_pack_cuda(const uint8_t* codes, int64_t k, int64_t n,
                                        uint32_t* qweight, void* stream);

@@ -1,6 +1,6 @@
 """4-bit-weight, 16-bit-activation matrix multiplication for JAX."""
 
-from jax_w4a16._dot import dot
+from jax_w4a16._dot import dot, ragged_dot
 from jax_w4a16._ffi import DISABLE_JAX_EXPORT_CHECKS, __version__, build_info
 from jax_w4a16._fuse import fuse, split
 from jax_w4a16._model import quantize_model
@@ -21,6 +21,7 @@ __all__ = [
     "pack",
     "quantize",
     "quantize_model",
+    "ragged_dot",
     "split",
     "unpack",
 ]

@@ -77,3 +77,21 @@ def choose(problem: Problem, device: Device, explicit: str | None = None) -> tup
         return native.select(**facts)
     except ValueError as error:
         raise NoKernelError(str(error)) from error
+
+
+def choose_ragged(problem: Problem, experts: int, device: Device, explicit: str | None = None) -> str:
+    """Name of the configuration that serves a ragged product of `experts` experts on `device`.
+
+    Raises as `choose` does.
+    """
+    facts: dict[str, Any] = dataclasses.asdict(problem) | {"experts": experts}
+    facts |= {"compute_capability": device.compute_capability, "num_sms": device.num_sms}
+    if explicit is not None:
+        refusal = native.ragged_can_implement(explicit, **facts)
+        if refusal is not None:
+            raise ValueError(f"config {explicit!r} cannot serve: {refusal}")
+        return explicit
+    try:
+        return native.ragged_select(**facts)
+    except ValueError as error:
+        raise NoKernelError(str(error)) from error

@@ -1,11 +1,11 @@
-"""The public dot: checks its arguments and binds the primitive."""
+"""The public products, dot and ragged_dot: they check their arguments and bind a primitive."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from jax_w4a16 import _checks, _ffi, _primitive
+from jax_w4a16 import _checks, _ffi, _primitive, _ragged
 from jax_w4a16._types import QuantizedWeight
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference")
@@ -53,15 +53,7 @@ def dot(
       TypeError, ValueError: an argument is not as described, or the implementation asked for cannot serve;
         the message names the operand, what was expected and what was got.
     """
-    if isinstance(qw, QuantizedWeight):
-        for name, value in (("scales", scales), ("zeros", zeros), ("group_size", group_size)):
-            if value is not None:
-                raise TypeError(f"{name}: expected None, because qw is a QuantizedWeight, got {_text(value)}")
-        qweight, scales, zeros, group_size = qw.qweight, qw.scales, qw.zeros, qw.group_size
-    else:
-        qweight = _checks.array("qw", qw)
-        if scales is None:
-            raise TypeError("scales: expected an array, because qw is a packed array, got None")
+    qweight, scales, zeros, group_size = _arrays(qw, scales, zeros, group_size)
     _checks.floating("x", _checks.array("x", x))
     if len(x.shape) < 1:
         raise ValueError(f"x: expected shape [..., K], got {tuple(x.shape)}")
@@ -82,18 +74,8 @@ def dot(
         _like_x(name, value, x.dtype)
         for name, value in (("scales", scales), ("zeros", zeros), ("bias", bias))
     )
-    out_dtype = x.dtype if preferred_element_type is None else preferred_element_type
-    out_dtype = _checks.float_dtype("preferred_element_type", out_dtype)
-    if out_dtype not in (x.dtype, jnp.float32):
-        raise TypeError(
-            f"preferred_element_type: expected x's type {x.dtype} or float32, got {out_dtype.name}"
-        )
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation == "cuda" and not _ffi.has_cuda():
-        raise ValueError(
-            "implementation: expected one that this build has, got 'cuda'; it has no CUDA kernels"
-        )
+    out_dtype = _result_dtype(x, preferred_element_type)
+    _check_implementation(implementation)
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: expected True or False, got {batch_invariant!r}")
     params = (size, _checks.real("alpha", alpha), out_dtype, batch_invariant, implementation)
@@ -117,6 +99,123 @@ def _dot(x, qweight, scales, zeros, bias, permutation, params):
         batch_invariant=batch_invariant,
         implementation=implementation,
     )
+
+
+def ragged_dot(
+    x,
+    qw,
+    scales=None,
+    zeros=None,
+    *,
+    group_sizes,
+    group_size: int | None = None,
+    preferred_element_type=None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Each row of x times the weight of its expert: `jax.lax.ragged_dot` with packed weights.
+
+    The rows of x are sorted by expert: the first group_sizes[0] are the first expert's, and so on. Rows
+    beyond the sum of group_sizes give zeros; a negative size counts as 0. Only the weights of experts that
+    have rows are read. Otherwise as `dot`, but for these:
+
+    - The gradient with respect to x dequantises all experts' weights, that with respect to scales makes one
+      product for each expert.
+    - Calls are split over devices by the caller, in `shard_map`: each device has some columns of every
+      weight, or whole experts and their rows. Under Auto and Explicit axes every device computes all of it,
+      with a warning.
+
+    Args:
+      x: activations [M, K], float16, bfloat16 or (CPU and reference only) float32.
+      qw: a QuantizedWeight stacked along one leading dimension, the experts E, without permutation and
+        input_scale; or packed codes, uint32 [E, ceil(K/64), ceil(N/16), 128].
+      scales: [E, ceil(K/g), N] of x's type, where qw is an array.
+      zeros: like scales, in units of codes; None means 8.
+      group_sizes: rows of each expert, int32 [E]; need not be known when the program is compiled.
+      group_size: g, where qw is an array, as in `dot`.
+      preferred_element_type: type of the result: x's (default) or float32.
+      implementation: as in `dot`.
+
+    Returns:
+      [M, N].
+
+    Raises:
+      TypeError, ValueError: as `dot`.
+    """
+    qweight, scales, zeros, group_size = _arrays(qw, scales, zeros, group_size)
+    _checks.floating("x", _checks.array("x", x))
+    _checks.rank("x", x, 2)
+    k = x.shape[1]
+    if isinstance(qw, QuantizedWeight):
+        for name in ("permutation", "input_scale"):
+            if getattr(qw, name) is not None:
+                raise ValueError(f"qw: expected a weight without {name}, got one with it")
+        if k != qw.in_features:
+            raise ValueError(f"x: expected shape [M, K = {qw.in_features}], got {tuple(x.shape)}")
+    _checks.dtype("qweight", qweight, jnp.uint32)
+    _checks.rank("qweight", qweight, 4)
+    experts = qweight.shape[0]
+    for name, value in (("scales", scales), ("zeros", zeros)):
+        if value is not None:
+            _checks.rank(name, _checks.array(name, value), 3)
+            if value.shape[0] != experts:
+                raise ValueError(
+                    f"{name}: expected the {experts} experts of qweight, got shape {tuple(value.shape)}"
+                )
+    one = lambda a: a if a is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+    size = _checks.weight(one(qweight), one(scales), one(zeros), k, group_size)
+    _checks.dtype("group_sizes", _checks.array("group_sizes", group_sizes), jnp.int32)
+    _checks.shape("group_sizes", group_sizes, (experts,), f" for {experts} experts")
+    scales, zeros = _like_x("scales", scales, x.dtype), _like_x("zeros", zeros, x.dtype)
+    out_dtype = _result_dtype(x, preferred_element_type)
+    _check_implementation(implementation)
+    return _ragged_dot(x, group_sizes, qweight, scales, zeros, (size, out_dtype, implementation))
+
+
+@functools.partial(jax.jit, static_argnums=5, inline=True)
+def _ragged_dot(x, group_sizes, qweight, scales, zeros, params):
+    group_size, out_dtype, implementation = params
+    return _ragged.ragged_dot(
+        x,
+        group_sizes,
+        qweight,
+        scales,
+        zeros,
+        group_size=group_size,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
+
+
+def _arrays(qw, scales, zeros, group_size) -> tuple:
+    """Packed codes, scales, zeros and group size: a QuantizedWeight's, or beside an array."""
+    if isinstance(qw, QuantizedWeight):
+        for name, value in (("scales", scales), ("zeros", zeros), ("group_size", group_size)):
+            if value is not None:
+                raise TypeError(f"{name}: expected None, because qw is a QuantizedWeight, got {_text(value)}")
+        return qw.qweight, qw.scales, qw.zeros, qw.group_size
+    qweight = _checks.array("qw", qw)
+    if scales is None:
+        raise TypeError("scales: expected an array, because qw is a packed array, got None")
+    return qweight, scales, zeros, group_size
+
+
+def _result_dtype(x, preferred_element_type):
+    out_dtype = x.dtype if preferred_element_type is None else preferred_element_type
+    out_dtype = _checks.float_dtype("preferred_element_type", out_dtype)
+    if out_dtype not in (x.dtype, jnp.float32):
+        raise TypeError(
+            f"preferred_element_type: expected x's type {x.dtype} or float32, got {out_dtype.name}"
+        )
+    return out_dtype
+
+
+def _check_implementation(implementation) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "cuda" and not _ffi.has_cuda():
+        raise ValueError(
+            "implementation: expected one that this build has, got 'cuda'; it has no CUDA kernels"
+        )
 
 
 def _text(value) -> str:

@@ -5,6 +5,8 @@
     w4a16_quantize    w [K, N]                                   -> qweight, scales, zeros?
     w4a16_pack        codes [K, N]                               -> qweight
 
+and w4a16_ragged_dot, in _ragged.py.
+
 An optional operand that is absent has no place among the operands; `has_zeros` and `has_bias` tell. The first
 two primitives are linear in x and in scales, so their derivatives are themselves and their transposes.
 """
@@ -24,6 +26,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax_w4a16 import _config, _ffi, _layout, _reference, _sharding
 
 _F32 = jnp.dtype("float32")
+_PRODUCTS = ("w4a16_dot", "w4a16_ragged_dot")
 
 
 # Binding ---------------------------------------------------------------------------------------------------
@@ -146,7 +149,8 @@ def _pack_type(codes, **_):
 # Lowering --------------------------------------------------------------------------------------------------
 
 
-def _custom_call(ctx, target: str, operands, *, workspace_bytes: int = 0, **attributes):
+def custom_call(ctx, target: str, operands, *, workspace_bytes: int = 0, **attributes):
+    """An FFI call of `target`; a workspace is one more result."""
     avals_out = list(ctx.avals_out)
     if workspace_bytes:
         avals_out.append(core.ShapedArray((workspace_bytes,), jnp.uint8))
@@ -170,7 +174,7 @@ def _dot_kernel(
 ):
     x, n = ctx.avals_in[0], ctx.avals_out[0].shape[-1]
     workspace_bytes = 0
-    gpu = _config.local_gpu() if platform == "cuda" and not _for_export(ctx) else None
+    gpu = _config.local_gpu() if platform == "cuda" and not for_export(ctx) else None
     if gpu is None or not all(isinstance(size, int) for size in x.shape):
         config = config or "auto"
     else:
@@ -179,7 +183,7 @@ def _dot_kernel(
         options = has_zeros, has_bias, batch_invariant
         problem = _config.Problem(m, n, x.shape[-1], group_size, *dtypes, *options)
         config, workspace_bytes = _config.choose(problem, gpu, config)
-    return _custom_call(
+    return custom_call(
         ctx,
         "w4a16_dot",
         operands,
@@ -194,17 +198,17 @@ def _dot_kernel(
 
 
 def _dequantize_kernel(ctx, platform: str, operands, *, group_size, has_zeros, **_):
-    return _custom_call(
+    return custom_call(
         ctx, "w4a16_dequantize", operands, group_size=np.int64(group_size), has_zeros=has_zeros
     )
 
 
 def _quantize_kernel(ctx, platform: str, operands, *, group_size, symmetric, **_):
-    return _custom_call(ctx, "w4a16_quantize", operands, group_size=np.int64(group_size), symmetric=symmetric)
+    return custom_call(ctx, "w4a16_quantize", operands, group_size=np.int64(group_size), symmetric=symmetric)
 
 
 def _pack_kernel(ctx, platform: str, operands, **_):
-    return _custom_call(ctx, "w4a16_pack", operands)
+    return custom_call(ctx, "w4a16_pack", operands)
 
 
 def _dot_reference(*operands, group_size, alpha, out_dtype, has_zeros, has_bias, **_):
@@ -226,7 +230,8 @@ def _pack_reference(codes, **_):
     return [_layout.pack(codes)]
 
 
-def _for_export(ctx) -> bool:
+def for_export(ctx) -> bool:
+    """Whether the program is lowered for another process."""
     return ctx.module_context.lowering_parameters.for_export
 
 
@@ -236,9 +241,9 @@ def _refusal(ctx, platform: str | None) -> str | None:
         return (
             f"there is no kernel for the platform {'/'.join(ctx.platforms or ctx.module_context.platforms)}"
         )
-    if platform == "cuda" and not _ffi.has_cuda() and not _for_export(ctx):
+    if platform == "cuda" and not _ffi.has_cuda() and not for_export(ctx):
         return "this build has no CUDA kernels"
-    if platform == "cuda" and ctx.primitive is dot_p and ctx.avals_in[0].dtype == _F32:
+    if platform == "cuda" and ctx.primitive.name in _PRODUCTS and ctx.avals_in[0].dtype == _F32:
         return "the CUDA kernels take x of float16 or bfloat16, got float32"
     return None
 
@@ -288,7 +293,7 @@ def _register_lowering(primitive: Primitive, kernel, reference) -> None:
 # Differentiation -------------------------------------------------------------------------------------------
 
 
-def _group_sums(x, group_size: int):
+def group_sums(x, group_size: int):
     """float32 sums of x [..., K] over each group of K: [..., ceil(K/g)]."""
     k = x.shape[-1]
     groups = _layout.num_groups(k, group_size)
@@ -310,14 +315,14 @@ def _dot_jvp(primals, tangents, *, has_zeros, has_bias, **params):
         terms.append(dot(x, qweight, dscales, zeros, out_dtype=params["out_dtype"], **shared))
     if has_zeros and type(dzeros) is not ad.Zero:
         change = -params["alpha"] * scales.astype(_F32) * dzeros.astype(_F32)
-        sums = _group_sums(x, params["group_size"])
+        sums = group_sums(x, params["group_size"])
         terms.append(jnp.matmul(sums, change, precision=lax.Precision.HIGHEST).astype(out.dtype))
     if has_bias and type(dbias) is not ad.Zero:
         terms.append(jnp.broadcast_to(dbias.astype(out.dtype), out.shape))
-    return out, _sum(terms, out)
+    return out, sum_terms(terms, out)
 
 
-def _sum(terms: list, out):
+def sum_terms(terms: list, out):
     """The sum of tangents of `out`."""
     if not terms:
         return ad.Zero(jax.typeof(out).to_tangent_aval())
@@ -344,7 +349,7 @@ def _codes_times(x, qweight, ct, implementation):
             implementation=implementation,
         )
         product = lax.dot_general(some_x, ct, (((0,), (0,)), ((), ())), preferred_element_type=_F32)
-        return _group_sums((codes.astype(_F32) * product).T, 32).T
+        return group_sums((codes.astype(_F32) * product).T, 32).T
 
     rows = blocks * _layout.BLOCK_K
     whole = k // rows
@@ -380,10 +385,10 @@ def _dot_transpose(ct, x, qweight, scales, *rest, has_zeros, has_bias, group_siz
     else:
         k, n = x.shape[-1], ct.shape[-1]
         x, ct = x.reshape(-1, k).astype(ct.dtype), ct.reshape(-1, n)
-        sums = _group_sums(_codes_times(x, qweight, ct, implementation).T, _layout.ceil_div(group_size, 32)).T
+        sums = group_sums(_codes_times(x, qweight, ct, implementation).T, _layout.ceil_div(group_size, 32)).T
         if zeros is not None:
             group_ct = jnp.matmul(
-                _group_sums(x, group_size).T, ct.astype(_F32), precision=lax.Precision.HIGHEST
+                group_sums(x, group_size).T, ct.astype(_F32), precision=lax.Precision.HIGHEST
             )
             sums -= (zeros.astype(_F32) - _layout.SYMMETRIC_ZERO) * group_ct
         results[2] = (alpha * sums).astype(scales.aval.dtype)
@@ -403,7 +408,7 @@ def _dequantize_jvp(primals, tangents, *, has_zeros, k, group_size, dtype, imple
     if has_zeros and type(dzeros) is not ad.Zero:
         change = (-scales.astype(_F32) * dzeros.astype(_F32)).astype(dtype)
         terms.append(_reference.per_row(change, k, group_size))
-    return out, _sum(terms, out)
+    return out, sum_terms(terms, out)
 
 
 def _dequantize_transpose(ct, qweight, scales, *rest, has_zeros, k, group_size, dtype, implementation):
@@ -413,7 +418,7 @@ def _dequantize_transpose(ct, qweight, scales, *rest, has_zeros, k, group_size, 
         codes = dequantize(
             qweight, ones, *rest, k=k, group_size=group_size, dtype=dtype, implementation=implementation
         )
-        sums = _group_sums((codes.astype(_F32) * ct.astype(_F32)).T, group_size).T
+        sums = group_sums((codes.astype(_F32) * ct.astype(_F32)).T, group_size).T
         results[1] = sums.astype(scales.aval.dtype)
     return results
 
@@ -439,7 +444,8 @@ def _batch(primitive: Primitive, operands, dims, **params):
 # The primitives --------------------------------------------------------------------------------------------
 
 
-def _define(name: str, types, kernel, reference, *, multiple_results: bool = False) -> Primitive:
+def define(name: str, types, kernel, reference, *, multiple_results: bool = False) -> Primitive:
+    """A primitive with its types and lowerings; vmap loops over what is mapped."""
     primitive = Primitive(name)
     primitive.multiple_results = multiple_results
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
@@ -449,12 +455,12 @@ def _define(name: str, types, kernel, reference, *, multiple_results: bool = Fal
     return primitive
 
 
-dot_p = _define("w4a16_dot", _dot_type, _dot_kernel, _dot_reference)
-dequantize_p = _define("w4a16_dequantize", _dequantize_type, _dequantize_kernel, _dequantize_reference)
-quantize_p = _define(
+dot_p = define("w4a16_dot", _dot_type, _dot_kernel, _dot_reference)
+dequantize_p = define("w4a16_dequantize", _dequantize_type, _dequantize_kernel, _dequantize_reference)
+quantize_p = define(
     "w4a16_quantize", _quantize_type, _quantize_kernel, _quantize_reference, multiple_results=True
 )
-pack_p = _define("w4a16_pack", _pack_type, _pack_kernel, _pack_reference)
+pack_p = define("w4a16_pack", _pack_type, _pack_kernel, _pack_reference)
 
 ad.primitive_jvps[dot_p] = _dot_jvp
 ad.primitive_jvps[dequantize_p] = _dequantize_jvp

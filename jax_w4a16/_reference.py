@@ -36,6 +36,21 @@ def dot(x, qweight, scales, zeros, bias, *, group_size, alpha, out_dtype):
     return out.astype(out_dtype)
 
 
+def ragged_dot(x, group_sizes, qweight, scales, zeros, *, group_size, out_dtype):
+    """x [M, K] times each row's expert's weight, accumulated in float32: [M, N]."""
+    one = lambda some: dequantize(*some, k=x.shape[1], group_size=group_size, dtype=jnp.float32)
+    w = jax.vmap(one)((qweight, scales, zeros))
+    sizes = believed_sizes(group_sizes, x.shape[0])
+    out = lax.ragged_dot(x.astype(jnp.float32), w, sizes, precision=lax.Precision.HIGHEST)
+    return out.astype(out_dtype)
+
+
+def believed_sizes(group_sizes: jax.Array, m: int) -> jax.Array:
+    """Sizes as the kernels take them: none negative, none beyond the m rows."""
+    ends = jnp.minimum(jnp.cumsum(jnp.clip(group_sizes, 0, m)), m)
+    return jnp.diff(ends, prepend=0)
+
+
 def _rounded(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """x in dtype, and that again in float32."""
     stored = x.astype(dtype)

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_w4a16 import _config, _ffi, _primitive
+from jax_w4a16 import _config, _ffi, _primitive, _ragged
 from jax_w4a16._progress import Progress
 
 MOST_FAILURES_SHOWN = 10
+EXPERTS = 3
 
 # (M, N, K, group size): aligned, ragged and degenerate; -1 is per column.
 PROBLEMS = (
@@ -50,6 +51,7 @@ class Kernel:
     implementation: str
     config: str | None
     device: Any  # a jax.Device
+    ragged: bool = False  # rows are split over EXPERTS experts, which have the same weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,8 @@ def kernels() -> list[Kernel]:
         found.append(Kernel(f"cpu {_ffi.native.build_info()['cpu_instruction_set']}", "cpu", None, cpus[0]))
     if _ffi.has_cuda() and (gpus := _devices("cuda")):
         found.append(Kernel("cuda auto", "cuda", None, gpus[0]))
-        found += [Kernel(c["name"], "cuda", c["name"], gpus[0]) for c in _ffi.native.configs()]
+        for c in _ffi.native.configs():
+            found.append(Kernel(c["name"], "cuda", c["name"], gpus[0], c["ragged"]))
     return found
 
 
@@ -106,7 +109,10 @@ def refusal(kernel: Kernel, problem: _config.Problem) -> str | None:
     if problem.x_dtype == "float32":
         return "the CUDA kernels take x of float16 or bfloat16"
     try:
-        _config.choose(problem, gpu, kernel.config)
+        if kernel.ragged:
+            _config.choose_ragged(problem, EXPERTS, gpu, kernel.config)
+        else:
+            _config.choose(problem, gpu, kernel.config)
     except ValueError as error:
         return str(error)
     return None
@@ -335,6 +341,12 @@ def _checks(kernel: Kernel, case: Case) -> Iterator[tuple[str, Callable[[], str 
 
     def dot(x: np.ndarray, weight: _Weight) -> np.ndarray:
         typed = functools.partial(_typed, dtype=case.dtype)
+        if kernel.ragged:
+            stack = lambda a: None if a is None else np.stack([a] * EXPERTS)
+            sizes = np.array([case.m // 3, 0, case.m - case.m // 3], np.int32)
+            operands = (stack(a) for a in (weight.packed, typed(weight.scales), typed(weight.zeros)))
+            static = {"group_size": case.group, "out_dtype": case.out_dtype, "config": kernel.config}
+            return _run(kernel, _ragged.ragged_dot, typed(ALPHA * x), sizes, *operands, **static)
         return _run(
             kernel,
             _primitive.dot,

@@ -134,7 +134,7 @@ def test_every_config_serves_some_case(monkeypatch):
     """The cases reach every compiled kernel: asked of the chooser for an H200, without one."""
     monkeypatch.setattr(_config, "local_gpu", lambda: _config.Device("NVIDIA H200", 90, 132))
     for config in _verify._ffi.native.configs():
-        kernel = _verify.Kernel(config["name"], "cuda", config["name"], None)
+        kernel = _verify.Kernel(config["name"], "cuda", config["name"], None, config["ragged"])
         refusals = [_verify.refusal(kernel, case.problem()) for case in _verify.cases()]
         assert refusals.count(None) >= 10, (config["name"], set(refusals))
 

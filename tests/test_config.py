@@ -111,6 +111,42 @@ def test_choices_are_near_the_best_measured(file, most, worst):
     assert max(losses.values()) <= worst, max(losses, key=losses.get)
 
 
+def test_ragged_choices_are_near_the_best_measured():
+    losses = {}
+    for row in json.loads((store.RESULTS / "h200_moe.json").read_text())["rows"]:
+        args = problem(row["rows"], row["n"], row["k"], x_dtype="bfloat16")
+        chosen = _w4a16.ragged_select(experts=row["experts"], **args, **HOPPER)
+        losses[row["model"], row["layer"], row["tokens"]] = row["sweep_us"][chosen] / min(
+            row["sweep_us"].values()
+        )
+    assert len(losses) >= 30
+    assert report.geomean(losses.values()) <= 1.05
+    assert max(losses.values()) <= 1.15, max(losses, key=losses.get)
+
+
+def test_ragged_choices_serve_every_variant():
+    flag = (False, True)
+    for m, n, k, group, experts, zeros, f32 in itertools.product(
+        (0, 1, 40, 5000), (8, 100, 256), (0, 8, 100, 192), (32, 64, 10**6), (0, 1, 60, 1000), flag, flag
+    ):
+        args = problem(m, n, k, group_size=group, has_zeros=zeros, out_dtype="float32" if f32 else None)
+        for device in (HOPPER, {"compute_capability": 80, "num_sms": 108}):
+            config = _w4a16.ragged_select(experts=experts, **args, **device)
+            assert _w4a16.ragged_can_implement(config, experts=experts, **args, **device) is None
+
+
+def test_ragged_refusals_say_why():
+    args = problem(1, 64, 64)
+    dense = _w4a16.select(**args, **HOPPER)[0]
+    assert "ragged" in _w4a16.ragged_can_implement(dense, experts=8, **args, **HOPPER)
+    ragged = _w4a16.ragged_select(experts=8, **args, **HOPPER)
+    assert "ragged" in _w4a16.can_implement(ragged, **args, **HOPPER)
+    with pytest.raises(ValueError, match="experts = -1"):
+        _w4a16.ragged_select(experts=-1, **args, **HOPPER)
+    with pytest.raises(ValueError, match="has_bias"):
+        _w4a16.ragged_select(experts=8, **problem(1, 64, 64, has_bias=True), **HOPPER)
+
+
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, (100, 200), (96, 100), (12, 64)])
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_batch_invariant_choices_share_one_order(n, k, capability):

@@ -71,6 +71,18 @@ DOT = Call(
         "config": "auto",
     },
 )
+RAGGED = Call(
+    "w4a16_ragged_dot",
+    {
+        "x": array((M, K)),
+        "group_sizes": array((2,), jnp.int32, 1),
+        "qweight": array((2, *QWEIGHT), jnp.uint32, 0x99999999),
+        "scales": array((2, K // G, N)),
+        "zeros": array((2, K // G, N), value=7),
+    },
+    {"out": struct((M, N))},
+    {"group_size": I64(G), "has_zeros": True, "config": "auto"},
+)
 PACK = Call(
     "w4a16_pack", {"codes": array((K, N), jnp.uint8, 9)}, {"qweight": struct(QWEIGHT, jnp.uint32)}, {}
 )
@@ -97,6 +109,9 @@ def check_good(call: Call) -> None:
     out = np.asarray(call.run()[0])
     if call.target == "w4a16_dot":
         np.testing.assert_array_equal(out.astype(np.float32), K * (9 - 7) + 8)
+    elif call.target == "w4a16_ragged_dot":
+        np.testing.assert_array_equal(out[:2].astype(np.float32), K * (9 - 7))
+        np.testing.assert_array_equal(out[2:].astype(np.float32), 0)
     elif call.target == "w4a16_dequantize":
         np.testing.assert_array_equal(out.astype(np.float32), 2)
     elif call.target == "w4a16_pack":
@@ -190,6 +205,50 @@ def dot_cases():
     yield "group_size_48", "group_size", odd
 
 
+def ragged_cases():
+    q, s, z = (RAGGED.operands[k] for k in ("qweight", "scales", "zeros"))
+    operand = {
+        "x_rank_1": ("x", {"x": array((K,))}),
+        "x_rank_3": ("x", {"x": array((1, M, K))}),
+        "x_int": ("x", {"x": array((M, K), jnp.int16)}),
+        "x_float16": ("scales", {"x": array((M, K), jnp.float16)}),
+        "x_rows": ("out", {"x": array((M + 1, K))}),
+        "x_k_long": ("qweight", {"x": array((M, K + 64))}),
+        "sizes_rank_0": ("group_sizes", {"group_sizes": array((), jnp.int32)}),
+        "sizes_rank_2": ("group_sizes", {"group_sizes": array((2, 1), jnp.int32)}),
+        "sizes_uint32": ("group_sizes", {"group_sizes": array((2,), jnp.uint32)}),
+        "sizes_float": ("group_sizes", {"group_sizes": array((2,), jnp.float32)}),
+        "sizes_short": ("qweight", {"group_sizes": array((1,), jnp.int32)}),
+        "sizes_long": ("qweight", {"group_sizes": array((3,), jnp.int32)}),
+        "qweight_rank_3": ("qweight", {"qweight": q[0]}),
+        "qweight_experts": ("qweight", {"qweight": q[:1]}),
+        "qweight_n_long": ("qweight", {"qweight": np.concatenate([q, q], 2)}),
+        "qweight_int32": ("qweight", {"qweight": q.astype(jnp.int32)}),
+        "scales_rank_2": ("scales", {"scales": s[0]}),
+        "scales_experts": ("scales", {"scales": s[:1]}),
+        "scales_groups": ("scales", {"scales": s[:, :1]}),
+        "scales_float32": ("scales", {"scales": s.astype(jnp.float32)}),
+        "zeros_experts": ("zeros", {"zeros": z[:1]}),
+        "zeros_uint8": ("zeros", {"zeros": z.astype(jnp.uint8)}),
+        "zeros_missing": ("zeros", {"zeros": None}),
+        "one_operand_too_many": ("operands", {"more": array((1,))}),
+    }
+    for name, (match, change) in operand.items():
+        yield f"ragged_{name}", match, RAGGED.replace("operands", **change)
+    result = {
+        "out_rank_1": ("out", {"out": struct((M * N,))}),
+        "out_rank_3": ("out", {"out": struct((1, M, N))}),
+        "out_rows": ("out", {"out": struct((M + 1, N))}),
+        "out_columns": ("qweight", {"out": struct((M, N + 16))}),
+        "out_float16": ("out", {"out": struct((M, N), jnp.float16)}),
+    }
+    for name, (match, change) in result.items():
+        yield f"ragged_{name}", match, RAGGED.replace("results", **change)
+    yield "ragged_group_size", "group_size", RAGGED.replace("attributes", group_size=I64(-1))
+    yield "ragged_groups", "scales", RAGGED.replace("attributes", group_size=I64(64))
+    yield "ragged_has_zeros", "operands", RAGGED.replace("attributes", has_zeros=False)
+
+
 def other_cases():
     q, s, z = (DOT.operands[k] for k in ("qweight", "scales", "zeros"))
     yield "pack_rank", "codes", PACK.replace("operands", codes=array((K, N, 1), jnp.uint8))
@@ -216,8 +275,8 @@ def other_cases():
     yield "quantize_group", "group_size", QUANTIZE.replace("attributes", group_size=I64(0))
 
 
-CASES = [*dot_cases(), *other_cases()]
-GOOD = {call.target: call for call in (DOT, PACK, DEQUANTIZE, QUANTIZE)}
+CASES = [*dot_cases(), *ragged_cases(), *other_cases()]
+GOOD = {call.target: call for call in (DOT, RAGGED, PACK, DEQUANTIZE, QUANTIZE)}
 
 
 def test_enough_cases():
@@ -238,11 +297,12 @@ def test_malformed_call(match, call, kernel):
     check_good(GOOD[call.target])
 
 
-def test_unknown_config(kernel):
-    call = DOT.replace("attributes", config="no_such_kernel")
+@pytest.mark.parametrize("good", [DOT, RAGGED], ids=["dot", "ragged"])
+def test_unknown_config(kernel, good):
+    call = good.replace("attributes", config="no_such_kernel")
     if kernel == "cpu":
         check_good(call)  # the CPU has one kernel and takes no configuration
     else:
         with pytest.raises(Exception, match="no_such_kernel"):
             call.run()
-    check_good(DOT)
+    check_good(good)

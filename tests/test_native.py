@@ -56,6 +56,8 @@ def library():
         "pack_cpu",
         "dequantize_cpu",
         "run_cuda",
+        "ragged_select",
+        "ragged_run_cpu",
     ):
         getattr(lib, f"w4a16_{name}").restype = Status
     lib.w4a16_version.restype = c.c_char_p
@@ -168,6 +170,45 @@ def test_select_through_c(library):
     status = library.w4a16_select(c.byref(problem), c.byref(device), c.c_int64(-1), c.byref(config))
     assert status.code == UNSUPPORTED
     assert b"compute capability" in status.message
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes", "change", "message"),
+    [
+        (-1, "good", {}, "experts = -1"),
+        (2**62, "good", {}, "experts = "),
+        (1, None, {}, "group_sizes: expected a pointer"),
+        (1, "odd", {}, "group_sizes: expected an address aligned"),
+        (1, "good", {"has_bias": 1}, "has_bias"),
+        (1, "good", {"batch_invariant": 1}, "batch_invariant"),
+        (1, "good", {"group_size": 33}, "group_size = 33"),
+        (2**16, "good", {"n": 2**30, "k": 2**30}, "experts = 65536"),
+    ],
+)
+def test_malformed_ragged_call(library, experts, sizes, change, message):
+    call, good = Call(), aligned(np.array([1], np.int32))
+    run = lambda experts, pointer: library.w4a16_ragged_run_cpu(
+        c.byref(call.problem), c.c_int64(experts), c.byref(call.operands), c.c_void_p(pointer), None
+    )
+    for field, value in change.items():
+        setattr(call.problem, field, value)
+    pointer = None if sizes is None else good.ctypes.data + 4 * (sizes == "odd")
+    status = run(experts, pointer)
+    assert status.code == INVALID
+    assert message in status.message.decode()
+    np.testing.assert_array_equal(call.arrays["out"], 0)
+    call = Call()
+    assert run(1, good.ctypes.data).code == OK
+    np.testing.assert_array_equal(call.arrays["out"], [[K] * N, [0] * N])
+
+
+def test_ragged_select_through_c(library):
+    problem, config = Problem(64, 2048, 768, 128, F16, F16, 0, 0), c.c_char_p()
+    for device, code in ((Device(90, 132), OK), (Device(80, 108), OK), (Device(70, 80), UNSUPPORTED)):
+        arguments = (c.byref(problem), c.c_int64(128), c.byref(device), c.byref(config))
+        assert library.w4a16_ragged_select(*arguments).code == code
+    assert config.value is not None
+    assert config.value.decode() in _w4a16.build_info()["configs"]
 
 
 def test_config_names(library):

@@ -1,7 +1,7 @@
 // The CPU half of the library: the same packed layout, threaded and vectorised.
 //
-// Results do not depend on the executor. Out of memory is thrown as std::bad_alloc, by Dot alone
-// and on the calling thread; tasks never throw.
+// Results do not depend on the executor. Out of memory is thrown as std::bad_alloc, by products
+// alone and on the calling thread; tasks never throw.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,9 @@ class Executor {
 
 // Inputs have passed CheckProblem and CheckOperands. Operand order and meaning: w4a16.h.
 void Dot(const Problem& p, const Operands& o, Executor& executor);
+
+// Inputs have passed CheckRaggedProblem and CheckRaggedOperands.
+void RaggedDot(const Problem& p, const Experts& e, const Operands& o, Executor& executor);
 
 void Pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* qweight, Executor& executor);
 

@@ -1,6 +1,7 @@
 #include "dot.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -104,6 +105,28 @@ void DotWith(Isa isa, const Problem& p, const Operands& o, Executor& executor) {
 
 void Dot(const Problem& p, const Operands& o, Executor& executor) {
   DotWith(BestIsa(), p, o, executor);
+}
+
+void RaggedDot(const Problem& p, const Experts& e, const Operands& o, Executor& executor) {
+  const int64_t qweight_words = BlocksK(p.k) * BlocksN(p.n) * kBlockWords;
+  const int64_t scale_elements = NumGroups(p) * p.n;
+  Problem part = p;
+  Operands at = o;
+  int64_t row = 0;
+  for (int64_t i = 0; i < e.count && row < p.m; ++i) {
+    part.m = std::clamp<int64_t>(e.group_sizes[i], 0, p.m - row);
+    if (part.m == 0) continue;
+    at.x = At(o.x, row * p.k, p.x_dtype);
+    at.qweight = o.qweight + i * qweight_words;
+    at.scales = At(o.scales, i * scale_elements, p.x_dtype);
+    at.zeros = At(o.zeros, i * scale_elements, p.x_dtype);
+    at.out = const_cast<std::byte*>(At(o.out, row * p.n, p.out_dtype));
+    Dot(part, at, executor);
+    row += part.m;
+  }
+  if (row < p.m && p.n > 0)
+    std::memset(const_cast<std::byte*>(At(o.out, row * p.n, p.out_dtype)), 0,
+                (p.m - row) * p.n * DTypeBytes(p.out_dtype));
 }
 
 const char* InstructionSet() { return IsaName(BestIsa()); }

@@ -3,29 +3,21 @@
 #include <climits>
 
 #include "cuda_status.h"
-#include "decode.h"
 #include "kernels.h"
+#include "ragged_decode.h"
 
 namespace w4a16 {
 
-Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
-  if (p.m == 0 || p.n == 0) return {};
-  const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
-  DecodeKernelPointer kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
-  if (kernel == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
+namespace {
 
+DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& config) {
   const DecodeSharedMemory shared = SharedMemoryOfDecode(p, config);
-  const int64_t tiles_m = CeilDiv(p.m, config.tile_m);
-  const int64_t ctas = tiles_m * CeilDiv(p.n, config.tile_n) * config.split_k;
-  if (ctas > INT_MAX)
-    return Status::Unsupported(std::string(config.name) + ": the product needs " +
-                               std::to_string(ctas) + " CTAs, more than a grid holds");
   const int group_size = static_cast<int>(p.group_size < p.k ? p.group_size : INT_MAX);
   // For 0 <= k < 2^31 (of a column of one group, any size beyond K serves): shift =
   // ceil(log2(group_size)) makes the rounded-up reciprocal exact.
   int shift = 0;
   while (shift < 31 && (1u << shift) < static_cast<unsigned>(group_size)) ++shift;
-  const DecodeParams params = {
+  return {
       .x = o.x,
       .qweight = o.qweight,
       .scales = o.scales,
@@ -37,7 +29,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
       .k = static_cast<int>(p.k),
       .blocks_n = static_cast<int>(BlocksN(p.n)),
       .units = static_cast<int>(CeilDiv(BlocksK(p.k), config.blocks)),
-      .tiles_m = static_cast<int>(tiles_m),
+      .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
       .log2_split_k = std::countr_zero(static_cast<unsigned>(config.split_k)),
       .group_multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + group_size - 1) /
                                                 static_cast<uint64_t>(group_size)),
@@ -51,34 +43,79 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
       .out_float32 = p.out_dtype == W4A16_F32,
       .alpha = o.alpha,
   };
+}
 
-  // Attributes belong to the current device, so they are set at every call.
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (Status s =
-          ToStatus(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        shared.total_bytes),
-                   config.name);
+// Attributes belong to the current device, so they are set at every call.
+Status SetSharedMemory(const Config& config, const void* function, int bytes) {
+  if (function == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
+  if (Status s = ToStatus(
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          config.name);
       !s.ok())
     return s;
-  if (Status s =
-          ToStatus(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared),
-                   config.name);
-      !s.ok())
-    return s;
+  return ToStatus(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                       cudaSharedmemCarveoutMaxShared),
+                  config.name);
+}
 
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(config.split_k), 1, 1};
+// `params` is the kernel's one parameter.
+Status LaunchDecode(const Config& config, const void* function, void* params, int64_t ctas,
+                    int cluster, int shared_bytes, cudaStream_t stream) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(static_cast<unsigned>(ctas));
   launch.blockDim = dim3(32 * config.warps);
-  launch.dynamicSmemBytes = shared.total_bytes;
+  launch.dynamicSmemBytes = shared_bytes;
   launch.stream = stream;
-  launch.attrs = &cluster;
-  launch.numAttrs = config.split_k > 1 ? 1 : 0;
-  void* args[] = {const_cast<DecodeParams*>(&params)};
+  launch.attrs = &attribute;
+  launch.numAttrs = cluster > 1 ? 1 : 0;
+  void* args[] = {params};
   return ToStatus(cudaLaunchKernelExC(&launch, function, args), config.name);
+}
+
+}  // namespace
+
+Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
+  if (p.m == 0 || p.n == 0) return {};
+  const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
+  const auto kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
+  DecodeParams params = DecodeParamsOf(p, o, config);
+  const int64_t ctas = CeilDiv(p.m, config.tile_m) * CeilDiv(p.n, config.tile_n) * config.split_k;
+  if (ctas > INT_MAX)
+    return Status::Unsupported(std::string(config.name) + ": the product needs " +
+                               std::to_string(ctas) + " CTAs, more than a grid holds");
+  const int shared_bytes = SharedMemoryOfDecode(p, config).total_bytes;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (Status s = SetSharedMemory(config, function, shared_bytes); !s.ok()) return s;
+  return LaunchDecode(config, function, &params, ctas, config.split_k, shared_bytes, stream);
+}
+
+Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, const Config& config,
+                       int num_sms, cudaStream_t stream) {
+  const auto find = p.x_dtype == W4A16_F16 ? FindRaggedDecodeF16 : FindRaggedDecodeBf16;
+  const auto kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
+  const RaggedDecodeSharedMemory shared = SharedMemoryOfRaggedDecode(p, e.count, config);
+  RaggedDecodeParams params = {.decode = DecodeParamsOf(p, o, config),
+                               .experts = ExpertParamsOf(p, e, config.tile_n),
+                               .table_bytes = shared.table_bytes,
+                               .partial_bytes = shared.partial_bytes};
+  const int64_t tiles = MostExpertTiles(p.m, e.count, config.tile_m) * params.experts.tiles_n;
+  // The kernel may choose narrower tiles, at most twice as many.
+  if (2 * tiles + INT_MAX / 4 > INT_MAX)
+    return Status::Unsupported(std::string(config.name) + ": too many tiles");
+  const int total_bytes = static_cast<int>(shared.total_bytes);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (Status s = SetSharedMemory(config, function, total_bytes); !s.ok()) return s;
+  int ctas_per_sm = 0;
+  if (Status s = ToStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                              &ctas_per_sm, function, 32 * config.warps, total_bytes),
+                          config.name);
+      !s.ok())
+    return s;
+  const int64_t ctas = std::min<int64_t>(tiles, int64_t{num_sms} * std::max(ctas_per_sm, 1));
+  return LaunchDecode(config, function, &params, ctas, 1, total_bytes, stream);
 }
 
 }  // namespace w4a16

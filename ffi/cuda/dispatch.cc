@@ -50,4 +50,27 @@ Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaSt
   return Status::Internal(std::string(config->name) + ": unknown family");
 }
 
+Status RunRaggedCuda(const Problem& p, const Experts& e, const Operands& o, const Config* config,
+                     cudaStream_t stream) {
+  if (p.m == 0 || p.n == 0) return {};
+  Device device;
+  if (Status s = CurrentDevice(&device); !s.ok()) return s;
+  if (config == nullptr) {
+    if (Status s = SelectRagged(p, e.count, device, &config); !s.ok()) return s;
+  } else if (Status s = CanImplementRagged(p, e.count, device, *config); !s.ok()) {
+    return s;
+  }
+  switch (config->family) {
+    case Family::kDecode:
+      return RunRaggedDecode(p, e, o, *config, device.num_sms, stream);
+    case Family::kWgmma:
+      return RunRaggedWgmma(p, e, o, *config, stream);
+    case Family::kPersistent:
+      return RunRaggedPersistent(p, e, o, *config, device.num_sms, stream);
+    case Family::kCutlass:
+      break;
+  }
+  return Status::Internal(std::string(config->name) + ": unknown family");
+}
+
 }  // namespace w4a16

@@ -12,4 +12,8 @@ Status CurrentDevice(Device* device);
 // have been checked.
 Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaStream_t stream);
 
+// The same for a ragged product; group_sizes are on the device and stay there.
+Status RunRaggedCuda(const Problem& p, const Experts& e, const Operands& o, const Config* config,
+                     cudaStream_t stream);
+
 }  // namespace w4a16

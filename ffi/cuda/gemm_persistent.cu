@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "cuda_status.h"
-#include "gemm_persistent.cuh"
+#include "ragged_persistent.cuh"
 #include "tensor_map.h"
 
 namespace w4a16 {
@@ -9,6 +9,30 @@ namespace w4a16 {
 namespace {
 
 constexpr int64_t kMostKeptBytes = 24 << 20;  // about half of Hopper's L2
+
+template <typename Kernel, typename... Args>
+Status LaunchPersistent(const Config& config, const Kernel& kernel, int64_t ctas,
+                        cudaStream_t stream, const Args&... args) {
+  // An attribute of the function on the current device, so it is set before every launch.
+  if (Status s =
+          ToStatus(cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        kernel.shared_bytes),
+                   config.name);
+      !s.ok())
+    return s;
+
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(config.cluster_n), 1, 1};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(static_cast<unsigned>(ctas));
+  launch.blockDim = dim3(kernel.threads);
+  launch.dynamicSmemBytes = kernel.shared_bytes;
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = config.cluster_n > 1 ? 1 : 0;
+  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, args...), config.name);
+}
 
 }  // namespace
 
@@ -69,26 +93,49 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
 
-  // An attribute of the function on the current device, so it is set before every launch.
-  if (Status s =
-          ToStatus(cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        kernel.shared_bytes),
-                   config.name);
-      !s.ok())
-    return s;
+  return LaunchPersistent(config, kernel, std::min(schedule.units, schedule.clusters) * cluster,
+                          stream, maps, params);
+}
 
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim =
-      dim3(static_cast<unsigned>(std::min(schedule.units, schedule.clusters)) * cluster);
-  launch.blockDim = dim3(kernel.threads);
-  launch.dynamicSmemBytes = kernel.shared_bytes;
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = cluster > 1 ? 1 : 0;
-  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, maps, params), config.name);
+Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o,
+                           const Config& config, int num_sms, cudaStream_t stream) {
+  const auto find = p.x_dtype == W4A16_F16 ? FindRaggedPersistentF16 : FindRaggedPersistentBf16;
+  const RaggedPersistentKernel kernel = find(config, p.has_zeros);
+  if (kernel.kernel == nullptr)
+    return Status::Internal(std::string(config.name) + ": not compiled");
+  const ExpertParams experts = ExpertParamsOf(p, e, config.tile_n);
+  const int64_t tiles = MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n;
+  if (tiles + num_sms > INT_MAX)
+    return Status::Unsupported(std::string(config.name) + ": too many tiles");
+
+  PersistentMaps maps = {};
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &maps.x); !s.ok())
+    return s;
+  maps.x_part = maps.out = maps.x;
+  if (p.out_dtype != W4A16_F32) {
+    if (Status s = EncodeTensorMap(o.out, p.out_dtype, p.m, p.n, kStoreTokens, &maps.out); !s.ok())
+      return s;
+  }
+  const PersistentParams params = {
+      .qweight = o.qweight,
+      .scales = o.scales,
+      .zeros = o.zeros,
+      .bias = nullptr,
+      .out = o.out,
+      .m = static_cast<int>(p.m),
+      .n = static_cast<int>(p.n),
+      .k = static_cast<int>(p.k),
+      .blocks_per_group = NumGroups(p) == 1 ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
+      .per_panel = Divisor(1),
+      .last_width = Divisor(1),
+      .tiles_m = Divisor(1),
+      .x_policy = kEvictLast,
+      .weight_policy = kEvictNormal,
+      .alpha = o.alpha,
+      .out_is_f32 = p.out_dtype == W4A16_F32,
+  };
+  return LaunchPersistent(config, kernel, std::min<int64_t>(tiles, num_sms), stream, maps, params,
+                          experts);
 }
 
 }  // namespace w4a16

@@ -190,6 +190,7 @@ struct PersistentShape {
 // What a CTA does at a time: kTileM >> shift tokens from m0 on, `rows` rows of weights from n0 on.
 struct Unit {
   int n0, m0, shift, rows;
+  int end = 0, expert = 0;  // of a ragged product: rows of x from `end` on are not the expert's
 };
 
 template <typename Shape>
@@ -218,16 +219,30 @@ __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
           .rows = Shape::kTileN};
 }
 
+// The units of a product, and where their weights are. A ragged product has others
+// (ragged_persistent.cuh).
+struct DenseUnits {
+  static constexpr bool kRagged = false;
+  __device__ inline int Count(const PersistentParams& p) const { return p.units; }
+  template <typename Shape>
+  __device__ inline Unit Of(const PersistentParams& p, int index, int rank) const {
+    return UnitOf<Shape>(p, index, rank);
+  }
+  __device__ inline int64_t QweightWords(const Unit&) const { return 0; }
+  __device__ inline int64_t ScaleElements(const Unit&) const { return 0; }
+};
+
 // Starts every load of the CTA's units. Runs in one thread.
-template <typename T, typename Shape>
+template <typename T, typename Shape, typename Units>
 __device__ inline void ProduceUnits(const PersistentMaps& maps, const PersistentParams& p,
-                                    uint32_t shared, int first, int stride, int rank) {
+                                    const Units& units, uint32_t shared, int first, int stride,
+                                    int rank) {
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
   int slot = 0;
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
-  for (int index = first; index < p.units; index += stride) {
-    const Unit unit = UnitOf<Shape>(p, index, rank);
+  for (int index = first; index < units.Count(p); index += stride) {
+    const Unit unit = units.template Of<Shape>(p, index, rank);
     const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
     const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
     // The last cluster along N may reach beyond N by whole CTAs.
@@ -237,9 +252,9 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
     const uint32_t row_bytes = rows * 2;
     const uint32_t block_bytes =
         tokens * 128 + (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
-    const char* codes = reinterpret_cast<const char*>(p.qweight) +
+    const char* codes = reinterpret_cast<const char*>(p.qweight + units.QweightWords(unit)) +
                         static_cast<int64_t>(unit.n0 / kBlockN) * kBlockBytes;
-    int64_t row = unit.n0;  // of scales and zeros
+    int64_t row = unit.n0 + units.ScaleElements(unit);  // of scales and zeros
     int left_in_group = p.blocks_per_group;
     const int last_in_stage = unit.shift == 0 ? 0 : Shape::kPartBlocks - 1;
 #pragma unroll 1
@@ -473,11 +488,12 @@ struct PersistentConsumer {
   }
 };
 
-// From a warpgroup's accumulators of 64 rows from first_n on to `out`.
-template <typename T, typename Shape, int kTokens>
+// From a warpgroup's accumulators of 64 rows from first_n on to `out`, tokens m0 to `end`. kRagged:
+// tokens from `end` on are others'.
+template <typename T, typename Shape, int kTokens, bool kRagged>
 __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentParams& p,
                                  const float (&acc)[kTokens / 2], uint32_t shared, int first_n,
-                                 int m0) {
+                                 int m0, int end) {
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int n = first_n + 16 * warp + lane / 4;
   float bias[2] = {-0.0f, -0.0f};  // adding -0 changes nothing
@@ -491,7 +507,7 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
       const int token = m0 + 8 * (i / 4) + 2 * (lane % 4) + (i & 1), r = (i >> 1) & 1;
-      if (token < p.m && n + 8 * r < p.n)
+      if (token < (kRagged ? end : p.m) && n + 8 * r < p.n)
         static_cast<float*>(p.out)[static_cast<int64_t>(token) * p.n + n + 8 * r] =
             fmaf(p.alpha, acc[i], bias[r]);
     }
@@ -533,18 +549,32 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
     ptx::FenceProxyAsync();
     ptx::NamedBarrier(1 + group, 128);  // S4
     if (stores && first_n < p.n) {
-      for (int token = 0; token < kTokensAtOnce; token += kStoreTokens)
-        ptx::TensorStore2d(&maps.out, staged + token * 128, first_n, m0 + begin + token);
+      for (int token = 0; token < kTokensAtOnce; token += kStoreTokens) {
+        if (!kRagged || m0 + begin + token + kStoreTokens <= end)
+          ptx::TensorStore2d(&maps.out, staged + token * 128, first_n, m0 + begin + token);
+      }
       ptx::BulkCommit();
+    }
+    if constexpr (kRagged) {  // the box that the end cuts
+      const int whole = max(end - m0 - begin, 0) / kStoreTokens * kStoreTokens;
+      const int tokens = min(end - m0 - begin, kTokensAtOnce);
+      for (int i = threadIdx.x % 128 + whole * 8; i < tokens * 8; i += 128) {
+        const int token = i / 8, piece = i % 8, n8 = first_n + 8 * piece;
+        if (n8 >= p.n) continue;
+        const uint4 v = ptx::LoadShared128(staged + token * 128 + ((piece ^ (token % 8)) * 16));
+        T* const to = static_cast<T*>(p.out) + static_cast<int64_t>(m0 + begin + token) * p.n + n8;
+        *reinterpret_cast<uint4*>(to) = v;
+      }
     }
   }
 }
 
 // The part of a consumer warp in the CTA's units; its warpgroup owns kMine blocks of 64 rows of a
 // whole tile.
-template <typename T, typename Shape, int kMine>
+template <typename T, typename Shape, int kMine, typename Units>
 __device__ inline void ConsumeUnits(const PersistentMaps& maps, const PersistentParams& p,
-                                    uint32_t shared, int first, int stride, int rank, int warp) {
+                                    const Units& units, uint32_t shared, int first, int stride,
+                                    int rank, int warp) {
   const int lane = threadIdx.x % 32, told = lane < Shape::kCluster ? lane : 0, group = warp / 4;
   const int blocks = static_cast<int>(CeilDiv(p.k, kBlockK));
   int index = first;
@@ -555,19 +585,22 @@ __device__ inline void ConsumeUnits(const PersistentMaps& maps, const Persistent
       .empty = ptx::MapShared(Shape::Empty(shared, 0), told),
       .releases = lane < Shape::kCluster,
   };
-  consumer.Begin();
+  if (!Units::kRagged || index < units.Count(p)) consumer.Begin();
   const auto run = [&]<int kRows, int kTokens>(int end) {
     for (; index < end; index += stride) {
       float acc[kRows][kTokens / 2];
-      consumer.template Run<kRows, kTokens>(acc, blocks, index + stride < p.units);
-      const Unit unit = UnitOf<Shape>(p, index, rank);
+      consumer.template Run<kRows, kTokens>(acc, blocks, index + stride < units.Count(p));
+      const Unit unit = units.template Of<Shape>(p, index, rank);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        StoreUnit<T, Shape, kTokens>(maps, p, acc[r], shared,
-                                     unit.n0 + 64 * (r * Shape::kWarpgroups + group), unit.m0);
+        StoreUnit<T, Shape, kTokens, Units::kRagged>(
+            maps, p, acc[r], shared, unit.n0 + 64 * (r * Shape::kWarpgroups + group), unit.m0,
+            unit.end);
     }
   };
-  if constexpr (Shape::kMostRows == 1) {
+  if constexpr (Units::kRagged) {
+    run.template operator()<kMine, Shape::kTileM>(units.Count(p));
+  } else if constexpr (Shape::kMostRows == 1) {
     run.template operator()<1, Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
     if constexpr (Shape::kMaxTailShift >= 1) {
       if (p.tail_shift == 1) run.template operator()<1, Shape::kTileM / 2>(p.units);
@@ -584,6 +617,45 @@ __device__ inline void ConsumeUnits(const PersistentMaps& maps, const Persistent
   __syncwarp();
 }
 
+// By one thread, which another barrier follows.
+template <typename Shape>
+__device__ inline void InitBarriers(const PersistentMaps& maps, uint32_t shared) {
+  ptx::PrefetchTensorMap(&maps.x);
+  ptx::PrefetchTensorMap(&maps.x_part);
+  ptx::PrefetchTensorMap(&maps.out);
+  for (int i = 0; i < Shape::kStages; ++i) {
+    ptx::MbarrierInit(Shape::Full(shared, i), 1);
+    ptx::MbarrierInit(Shape::Empty(shared, i),
+                      Shape::kConsumers / 32 * Shape::kReleasingLanes * Shape::kCluster);
+  }
+  ptx::FenceMbarrierInit();
+}
+
+// A warp's part in the CTA's units.
+template <typename T, typename Shape, typename Units>
+__device__ inline void RunUnits(const PersistentMaps& maps, const PersistentParams& p,
+                                const Units& units, uint32_t shared, int warp) {
+  const int rank = Shape::kCluster == 1 ? 0 : ptx::ClusterRank();
+  const int first = blockIdx.x / Shape::kCluster, stride = gridDim.x / Shape::kCluster;
+  if (warp >= Shape::kConsumers / 32) {
+    ptx::ReleaseRegisters<Shape::kProducerRegisters>();
+    if (warp == Shape::kConsumers / 32 && ptx::ElectOne())
+      ProduceUnits<T, Shape>(maps, p, units, shared, first, stride, rank);
+    __syncwarp();
+  } else {
+    if (Shape::kMostRows == Shape::kLeastRows || warp < Shape::kConsumers / 32 - 4) {
+      ptx::TakeRegisters<Shape::kMostRegisters>();
+      ConsumeUnits<T, Shape, Shape::kMostRows>(maps, p, units, shared, first, stride, rank, warp);
+    } else {
+      if constexpr (Shape::kLeastRegisters < Shape::kFirstRegisters)
+        ptx::ReleaseRegisters<Shape::kLeastRegisters>();
+      else
+        ptx::TakeRegisters<Shape::kLeastRegisters>();
+      ConsumeUnits<T, Shape, Shape::kLeastRows>(maps, p, units, shared, first, stride, rank, warp);
+    }
+  }
+}
+
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <typename T, typename Shape>
@@ -593,46 +665,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char storage[];
   const uint32_t shared = ptx::SharedAddress(storage);
-  const int lane = threadIdx.x % 32;
   // The shuffle tells the compiler that a warp's threads agree on their role.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (threadIdx.x == Shape::kConsumers) {
-    ptx::PrefetchTensorMap(&maps.x);
-    ptx::PrefetchTensorMap(&maps.x_part);
-    ptx::PrefetchTensorMap(&maps.out);
-    for (int i = 0; i < Shape::kStages; ++i) {
-      ptx::MbarrierInit(Shape::Full(shared, i), 1);
-      ptx::MbarrierInit(Shape::Empty(shared, i),
-                        Shape::kConsumers / 32 * Shape::kReleasingLanes * Shape::kCluster);
-    }
-    ptx::FenceMbarrierInit();
-  }
+  if (threadIdx.x == Shape::kConsumers) InitBarriers<Shape>(maps, shared);
   if constexpr (Shape::kCluster == 1) {
     __syncthreads();
   } else {
     ptx::ClusterArrive();
     ptx::ClusterWait();
   }
-
-  const int rank = Shape::kCluster == 1 ? 0 : ptx::ClusterRank();
-  const int first = blockIdx.x / Shape::kCluster, stride = gridDim.x / Shape::kCluster;
-  if (warp >= Shape::kConsumers / 32) {
-    ptx::ReleaseRegisters<Shape::kProducerRegisters>();
-    if (warp == Shape::kConsumers / 32 && ptx::ElectOne())
-      ProduceUnits<T, Shape>(maps, p, shared, first, stride, rank);
-    __syncwarp();
-  } else {
-    if (Shape::kMostRows == Shape::kLeastRows || warp < Shape::kConsumers / 32 - 4) {
-      ptx::TakeRegisters<Shape::kMostRegisters>();
-      ConsumeUnits<T, Shape, Shape::kMostRows>(maps, p, shared, first, stride, rank, warp);
-    } else {
-      if constexpr (Shape::kLeastRegisters < Shape::kFirstRegisters)
-        ptx::ReleaseRegisters<Shape::kLeastRegisters>();
-      else
-        ptx::TakeRegisters<Shape::kLeastRegisters>();
-      ConsumeUnits<T, Shape, Shape::kLeastRows>(maps, p, shared, first, stride, rank, warp);
-    }
-  }
+  RunUnits<T, Shape>(maps, p, DenseUnits{}, shared, warp);
   if constexpr (Shape::kCluster > 1) {
     ptx::ClusterArrive();  // S5
     ptx::ClusterWait();

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "cuda_status.h"
-#include "gemm_wgmma.cuh"
+#include "ragged_wgmma.cuh"
 #include "tensor_map.h"
 
 namespace w4a16 {
@@ -14,24 +14,8 @@ bool FoldsScales(const Config& config, const Problem& p) {
          (NumGroups(p) == 1 || p.group_size % kBlockK == 0);
 }
 
-}  // namespace
-
-Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
-  const bool folds = FoldsScales(config, p);
-  const WgmmaKernel kernel = p.x_dtype == W4A16_F16 ? FindWgmmaF16(config, p.has_zeros, folds)
-                                                    : FindWgmmaBf16(config, p.has_zeros, folds);
-  if (kernel.kernel == nullptr)
-    return Status::Internal(std::string(config.name) + ": not compiled");
-
-  const int64_t tiles_n = CeilDiv(p.n, config.tile_n), tiles_m = CeilDiv(p.m, config.tile_m);
-  if (tiles_n * tiles_m * config.split_k > INT_MAX)
-    return Status::Unsupported(std::string(config.name) + ": too many tiles for one grid");
-
-  CUtensorMap x_map;
-  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x_map); !s.ok())
-    return s;
-
-  const WgmmaParams params = {
+WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config) {
+  return {
       .qweight = o.qweight,
       .scales = o.scales,
       .zeros = o.zeros,
@@ -42,11 +26,21 @@ Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaS
       .k = static_cast<int>(p.k),
       .group_size = static_cast<int>(std::min(p.group_size, CeilDiv(p.k, 32) * 32)),
       .groups = static_cast<int>(NumGroups(p)),
-      .tiles_m = static_cast<int>(tiles_m),
-      .tiles_n = static_cast<int>(tiles_n),
+      .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
+      .tiles_n = static_cast<int>(CeilDiv(p.n, config.tile_n)),
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
+}
+
+// Launches `kernel` for this many tiles.
+template <typename Kernel, typename... Args>
+Status LaunchWgmma(const Config& config, const Kernel& kernel, int64_t tiles, cudaStream_t stream,
+                   const Args&... args) {
+  if (kernel.kernel == nullptr)
+    return Status::Internal(std::string(config.name) + ": not compiled");
+  if (tiles * config.split_k > INT_MAX)
+    return Status::Unsupported(std::string(config.name) + ": too many tiles for one grid");
 
   // An attribute of the function on the current device, so it is set before every launch.
   if (Status s =
@@ -60,13 +54,37 @@ Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaS
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(config.split_k), 1, 1};
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(tiles_n * tiles_m * config.split_k));
+  launch.gridDim = dim3(static_cast<unsigned>(tiles * config.split_k));
   launch.blockDim = dim3(kernel.threads);
   launch.dynamicSmemBytes = kernel.shared_bytes;
   launch.stream = stream;
   launch.attrs = &cluster;
   launch.numAttrs = config.split_k > 1 ? 1 : 0;
-  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, x_map, params), config.name);
+  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, args...), config.name);
+}
+
+}  // namespace
+
+Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
+  const auto find = p.x_dtype == W4A16_F16 ? FindWgmmaF16 : FindWgmmaBf16;
+  const WgmmaParams params = ParamsOf(p, o, config);
+  CUtensorMap x_map;
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x_map); !s.ok())
+    return s;
+  return LaunchWgmma(config, find(config, p.has_zeros, FoldsScales(config, p)),
+                     static_cast<int64_t>(params.tiles_n) * params.tiles_m, stream, x_map, params);
+}
+
+Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, const Config& config,
+                      cudaStream_t stream) {
+  const auto find = p.x_dtype == W4A16_F16 ? FindRaggedWgmmaF16 : FindRaggedWgmmaBf16;
+  const ExpertParams experts = ExpertParamsOf(p, e, config.tile_n);
+  CUtensorMap x_map;
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x_map); !s.ok())
+    return s;
+  return LaunchWgmma(config, find(config, p.has_zeros, FoldsScales(config, p)),
+                     MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n, stream, x_map,
+                     ParamsOf(p, o, config), experts);
 }
 
 }  // namespace w4a16

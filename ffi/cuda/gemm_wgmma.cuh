@@ -552,12 +552,10 @@ __device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, 
   *tile_n = inside / width;
 }
 
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
-
-template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
-    GemmWgmma(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ WgmmaParams p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// The work of a CTA: rows n0 .. of the weight times tokens m0 .. , which `find` tells it.
+template <typename T, typename Shape, typename Find>
+__device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaParams& p,
+                                         const Find& find) {
   static_assert(Shape::kCtasPerSm > 0, "too much shared memory");
   extern __shared__ __align__(1024) char storage[];
   const uint32_t shared = ptx::SharedAddress(storage);
@@ -590,9 +588,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   else if (warp < kProducerWarp)
     ptx::NamedBarrier(1, Shape::kConsumers + 32);  // S7
 
-  int tile_n, tile_m;
-  TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
-  const int n0 = tile_n * Shape::kTileN, m0 = tile_m * Shape::kTileM;
+  int n0, m0;
+  find(&n0, &m0);
 
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int64_t chunks = CeilDiv(blocks_k, Shape::kBlocks);
@@ -633,6 +630,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     }
     FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
+    GemmWgmma(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ WgmmaParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  GemmTile<T, Shape>(x_map, p, [&](int* n0, int* m0) {
+    int tile_n, tile_m;
+    TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
+    *n0 = tile_n * Shape::kTileN;
+    *m0 = tile_m * Shape::kTileM;
+  });
 #else
   __trap();
 #endif

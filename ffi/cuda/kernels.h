@@ -16,6 +16,14 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
 Status RunCutlass(const Problem& p, const Operands& o, const Config& config, int num_sms,
                   cudaStream_t stream);
 
+// The kernels of ragged products, configurations marked `ragged`.
+Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, const Config& config,
+                       int num_sms, cudaStream_t stream);
+Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, const Config& config,
+                      cudaStream_t stream);
+Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o,
+                           const Config& config, int num_sms, cudaStream_t stream);
+
 Status PackCuda(const uint8_t* codes, int64_t k, int64_t n, uint32_t* qweight, cudaStream_t stream);
 
 Status DequantizeCuda(const uint32_t* qweight, const void* scales, const void* zeros,

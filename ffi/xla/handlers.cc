@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "../layout.h"
 #include "../problem.h"
@@ -55,9 +56,9 @@ std::string ShapeText(Dimensions dims) {
   return text + "]";
 }
 
-Error CheckShape(const char* name, AnyBuffer buffer, std::initializer_list<int64_t> expected) {
+Error CheckShape(const char* name, AnyBuffer buffer, const std::vector<int64_t>& expected) {
   const Dimensions got = buffer.dimensions();
-  const Dimensions want(expected.begin(), expected.size());
+  const Dimensions want(expected.data(), expected.size());
   if (std::equal(got.begin(), got.end(), want.begin(), want.end())) return Error::Success();
   return Invalid(std::string(name) + ": expected shape " + ShapeText(want) + ", got " +
                  ShapeText(got));
@@ -102,16 +103,22 @@ Error CheckGroupSize(int64_t group_size) {
 #define W4A16_RETURN_IF_ERROR(expression) \
   if (Error error = (expression); error.failure()) return error
 
-// qweight, scales and zeros of a weight [k, n]; shapes and types follow from the scales' type.
+// qweight, scales and zeros of a weight [k, n], or of a stack of them; shapes and types follow from
+// the scales' type.
 Error CheckWeight(AnyBuffer qweight, AnyBuffer scales, std::optional<AnyBuffer> zeros, int64_t k,
-                  int64_t n, int64_t group_size) {
-  W4A16_RETURN_IF_ERROR(CheckType("qweight", qweight, ffi::U32));
-  W4A16_RETURN_IF_ERROR(CheckShape("qweight", qweight, {BlocksK(k), BlocksN(n), kBlockWords}));
+                  int64_t n, int64_t group_size, std::optional<int64_t> stack = {}) {
   const int64_t groups = NumGroups(k, group_size);
-  W4A16_RETURN_IF_ERROR(CheckShape("scales", scales, {groups, n}));
+  std::vector<int64_t> codes = {BlocksK(k), BlocksN(n), kBlockWords}, factors = {groups, n};
+  if (stack) {
+    codes.insert(codes.begin(), *stack);
+    factors.insert(factors.begin(), *stack);
+  }
+  W4A16_RETURN_IF_ERROR(CheckType("qweight", qweight, ffi::U32));
+  W4A16_RETURN_IF_ERROR(CheckShape("qweight", qweight, codes));
+  W4A16_RETURN_IF_ERROR(CheckShape("scales", scales, factors));
   if (zeros) {
     W4A16_RETURN_IF_ERROR(CheckType("zeros", *zeros, scales.element_type()));
-    W4A16_RETURN_IF_ERROR(CheckShape("zeros", *zeros, {groups, n}));
+    W4A16_RETURN_IF_ERROR(CheckShape("zeros", *zeros, factors));
   }
   return Error::Success();
 }
@@ -153,6 +160,12 @@ struct Cpu {
     const w4a16_executor callbacks = executor.callbacks();
     return w4a16_run_cpu(&p, &o, &callbacks);
   }
+  static w4a16_status RaggedDot(Context pool, const Problem& p, const Experts& e, const Operands& o,
+                                const char*) {
+    PoolExecutor executor(pool);
+    const w4a16_executor callbacks = executor.callbacks();
+    return w4a16_ragged_run_cpu(&p, e.count, &o, e.group_sizes, &callbacks);
+  }
   template <typename... Args>
   static w4a16_status Pack(Context pool, Args... args) {
     PoolExecutor executor(pool);
@@ -178,6 +191,10 @@ struct Cuda {
 
   static w4a16_status Dot(Context stream, const Problem& p, const Operands& o, const char* config) {
     return w4a16_run_cuda(&p, &o, config, stream);
+  }
+  static w4a16_status RaggedDot(Context stream, const Problem& p, const Experts& e,
+                                const Operands& o, const char* config) {
+    return w4a16_ragged_run_cuda(&p, e.count, &o, e.group_sizes, config, stream);
   }
   template <typename... Args>
   static w4a16_status Pack(Context stream, Args... args) {
@@ -250,6 +267,46 @@ Error Dot(typename Backend::Context context, AnyBuffer x, AnyBuffer qweight, Any
       o.workspace_bytes = static_cast<int64_t>((*workspace)->size_bytes());
     }
     return ToError(Backend::Dot(context, p, o, std::string(config).c_str()));
+  });
+}
+
+template <typename Backend>
+Error RaggedDot(typename Backend::Context context, AnyBuffer x, AnyBuffer group_sizes,
+                AnyBuffer qweight, AnyBuffer scales, ffi::RemainingArgs optional,
+                ffi::Result<AnyBuffer> out, int64_t group_size, bool has_zeros,
+                std::string_view config) {
+  return Guard([&]() -> Error {
+    OptionalArgs args(optional);
+    std::optional<AnyBuffer> zeros;
+    W4A16_RETURN_IF_ERROR(args.Take("zeros", has_zeros, &zeros));
+    W4A16_RETURN_IF_ERROR(args.CheckAllTaken());
+    W4A16_RETURN_IF_ERROR(CheckGroupSize(group_size));
+    W4A16_RETURN_IF_ERROR(CheckRank("x", x, 2));
+    W4A16_RETURN_IF_ERROR(CheckRank("out", *out, 2));
+    W4A16_RETURN_IF_ERROR(CheckRank("group_sizes", group_sizes, 1));
+    W4A16_RETURN_IF_ERROR(CheckType("group_sizes", group_sizes, ffi::S32));
+    Problem p = {};
+    p.m = x.dimensions()[0];
+    p.k = x.dimensions()[1];
+    p.n = out->dimensions()[1];
+    p.group_size = group_size;
+    p.has_zeros = has_zeros;
+    W4A16_RETURN_IF_ERROR(ReadDType("x", x, &p.x_dtype));
+    W4A16_RETURN_IF_ERROR(ReadDType("out", *out, &p.out_dtype));
+    W4A16_RETURN_IF_ERROR(CheckShape("out", *out, {p.m, p.n}));
+    W4A16_RETURN_IF_ERROR(CheckType("scales", scales, x.element_type()));
+    const Experts e = {group_sizes.dimensions()[0],
+                       static_cast<const int32_t*>(group_sizes.untyped_data())};
+    W4A16_RETURN_IF_ERROR(CheckWeight(qweight, scales, zeros, p.k, p.n, group_size, e.count));
+
+    Operands o = {};
+    o.x = x.untyped_data();
+    o.qweight = static_cast<const uint32_t*>(qweight.untyped_data());
+    o.scales = scales.untyped_data();
+    o.zeros = Data(zeros);
+    o.out = out->untyped_data();
+    o.alpha = 1.0f;
+    return ToError(Backend::RaggedDot(context, p, e, o, std::string(config).c_str()));
   });
 }
 
@@ -340,6 +397,15 @@ W4A16_DEFINE_BOTH(Dot, .Arg<AnyBuffer>()
                            .Attr<bool>("has_bias")
                            .Attr<bool>("batch_invariant")
                            .Attr<std::string_view>("config"))
+W4A16_DEFINE_BOTH(RaggedDot, .Arg<AnyBuffer>()
+                                 .Arg<AnyBuffer>()
+                                 .Arg<AnyBuffer>()
+                                 .Arg<AnyBuffer>()
+                                 .RemainingArgs()
+                                 .Ret<AnyBuffer>()
+                                 .Attr<int64_t>("group_size")
+                                 .Attr<bool>("has_zeros")
+                                 .Attr<std::string_view>("config"))
 W4A16_DEFINE_BOTH(Pack, .Arg<AnyBuffer>().Ret<AnyBuffer>())
 W4A16_DEFINE_BOTH(Dequantize, .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -359,15 +425,17 @@ W4A16_DEFINE_BOTH(Quantize, .Arg<AnyBuffer>()
 Registrations AllRegistrations() {
   static const Registration kAll[] = {
       {"cpu", "w4a16_dot", kCpuDot},
+      {"cpu", "w4a16_ragged_dot", kCpuRaggedDot},
       {"cpu", "w4a16_pack", kCpuPack},
       {"cpu", "w4a16_dequantize", kCpuDequantize},
       {"cpu", "w4a16_quantize", kCpuQuantize},
       {"CUDA", "w4a16_dot", kCudaDot},
+      {"CUDA", "w4a16_ragged_dot", kCudaRaggedDot},
       {"CUDA", "w4a16_pack", kCudaPack},
       {"CUDA", "w4a16_dequantize", kCudaDequantize},
       {"CUDA", "w4a16_quantize", kCudaQuantize},
   };
-  constexpr int kNumCpu = 4;
+  constexpr int kNumCpu = 5;
   return {std::begin(kAll), w4a16_has_cuda() ? std::end(kAll) : std::begin(kAll) + kNumCpu};
 }
 

@@ -4,9 +4,14 @@
 // tolerance of the double-precision reference.
 //
 //   fuzz [--device cpu|cuda] [--cases C] [--seed S] [--only I]
-//        [--family decode|wgmma|persistent|cutlass]
+//        [--family
+//        decode|wgmma|persistent|cutlass|ragged|ragged_decode|ragged_wgmma|ragged_persistent]
 //
-// A failure prints one line that reproduces it. The last line counts the cases of each kernel.
+// About a seventh of the cases, or all of the families "ragged...", are ragged products; half of
+// those have sizes that no x has. A failure prints one line that reproduces it. The last line
+// counts the cases of each kernel.
+#include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -94,7 +99,9 @@ struct Case {
   Problem problem;
   float alpha;
   bool fractional_zeros;
-  std::string config;  // "auto", "cpu", or a configuration's name
+  bool ragged;
+  std::vector<int32_t> sizes;  // rows of each expert of a ragged product
+  std::string config;          // "auto", "cpu", or a configuration's name
 
   std::string Text() const {
     const Problem& p = problem;
@@ -105,7 +112,10 @@ struct Case {
         static_cast<long long>(p.m), static_cast<long long>(p.n), static_cast<long long>(p.k),
         static_cast<long long>(p.group_size), DTypeName(p.x_dtype), DTypeName(p.out_dtype),
         p.has_zeros, fractional_zeros ? " (fractional)" : "", p.has_bias, alpha, config.c_str());
-    return text;
+    std::string all = text;
+    if (ragged) all += " group_sizes=";
+    for (const int32_t size : sizes) all += std::to_string(size) + ",";
+    return all;
   }
 };
 
@@ -144,6 +154,19 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
   p.out_dtype = draw.Chance(25) ? W4A16_F32 : p.x_dtype;
   p.has_zeros = draw.Chance(40);
   p.has_bias = draw.Chance(40);
+  c.ragged = options.family.rfind("ragged", 0) == 0 || (options.family.empty() && draw.Chance(15));
+  if (c.ragged) {
+    p.has_bias = false;
+    const int64_t experts = draw.Chance(3) ? 0 : draw.Between(1, draw.Chance(20) ? 150 : 12);
+    const bool lies = draw.Chance(50);
+    for (int64_t i = 0, left = p.m; i < experts; ++i) {
+      const int64_t size = draw.Chance(30) ? 0 : draw.Between(0, 2 * (left / (experts - i)) + 1);
+      c.sizes.push_back(static_cast<int32_t>(std::min(size, left)));
+      left -= c.sizes.back();
+      if (lies && draw.Chance(20))
+        c.sizes.back() = draw.OneOf({-1, INT_MIN, INT_MAX, static_cast<int>(p.m) + 1});
+    }
+  }
   c.alpha = draw.Chance(30) ? 0.375f : 1.0f;
   c.fractional_zeros = draw.Chance(30);
   c.config = options.cuda ? "auto" : "cpu";
@@ -152,7 +175,9 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
     for (int i = 0; i < w4a16_config_count(); ++i) {
       const std::string name = w4a16_config_name(i);
       if (name.rfind(options.family, 0) == 0 &&
-          w4a16_can_implement(&p, &device, name.c_str()).code == W4A16_OK)
+          (c.ragged ? w4a16_ragged_can_implement(&p, c.sizes.size(), &device, name.c_str())
+                    : w4a16_can_implement(&p, &device, name.c_str()))
+                  .code == W4A16_OK)
         able.push_back(name);
     }
     if (!able.empty()) c.config = able[draw.Between(0, static_cast<int64_t>(able.size()) - 1)];
@@ -229,6 +254,79 @@ std::string RunCase(const Case& c, uint64_t seed, const Options& options,
   return "";
 }
 
+// The same for a ragged product: every expert's rows are a case of their own.
+std::string RunRaggedCase(const Case& c, uint64_t seed, const Options& options,
+                          std::map<std::string, int>* counts) {
+  const Problem& p = c.problem;
+  ++(*counts)[c.config == "auto" || c.config == "cpu" ? c.config + " (ragged)" : c.config];
+  std::vector<HostCase> hosts;  // the last one's rows are none's
+  std::vector<uint8_t> x, scales, zeros;
+  std::vector<uint32_t> qweight;
+  const auto append = [](auto& to, const auto& from) {
+    to.insert(to.end(), from.begin(), from.end());
+  };
+  int64_t left = p.m;
+  for (size_t i = 0; i <= c.sizes.size(); ++i) {
+    Problem part = p;
+    part.m = i < c.sizes.size() ? std::clamp<int64_t>(c.sizes[i], 0, left) : left;
+    left -= part.m;
+    const HostCase& host = hosts.emplace_back(part, seed + i, c.alpha, c.fractional_zeros);
+    append(x, host.x.bytes);
+    if (i == c.sizes.size()) break;
+    append(qweight, host.qweight);
+    append(scales, host.scales.bytes);
+    append(zeros, host.zeros.bytes);
+  }
+  Guarded on_x(options.cuda, x.data(), x.size());
+  Guarded on_qweight(options.cuda, qweight.data(), 4 * qweight.size());
+  Guarded on_scales(options.cuda, scales.data(), scales.size());
+  Guarded on_zeros(options.cuda, zeros.data(), zeros.size());
+  Guarded on_sizes(options.cuda, c.sizes.data(), 4 * c.sizes.size());
+  HostArray out(p.out_dtype, p.m * p.n);
+  std::vector<uint8_t> first;
+  for (int run = 0; run < 2; ++run) {
+    Guarded result(options.cuda, nullptr, out.bytes.size());
+    const Operands o = {.x = on_x.get(),
+                        .qweight = static_cast<const uint32_t*>(on_qweight.get()),
+                        .scales = on_scales.get(),
+                        .zeros = p.has_zeros ? on_zeros.get() : nullptr,
+                        .bias = nullptr,
+                        .out = result.get(),
+                        .workspace = nullptr,
+                        .workspace_bytes = 0,
+                        .alpha = c.alpha};
+    const int64_t experts = static_cast<int64_t>(c.sizes.size());
+    const auto* sizes = static_cast<const int32_t*>(on_sizes.get());
+    const w4a16_status status =
+        options.cuda ? w4a16_ragged_run_cuda(&p, experts, &o, sizes, c.config.c_str(), nullptr)
+                     : w4a16_ragged_run_cpu(&p, experts, &o, sizes, nullptr);
+    if (status.code != W4A16_OK) return status.message;
+#ifdef W4A16_WITH_CUDA
+    if (options.cuda) CheckCuda(cudaDeviceSynchronize());
+#endif
+    out.bytes = result.Read();
+    if (run == 0) first = out.bytes;
+    if (out.bytes != first) return "the second run gave other bits";
+    for (Guarded* buffer : {&on_x, &on_qweight, &on_scales, &on_zeros, &on_sizes, &result}) {
+      if (!buffer->RedZonesIntact()) return "a red zone was written";
+    }
+  }
+  int64_t row = 0;
+  for (const HostCase& host : hosts) {
+    const bool nones = &host == &hosts.back();
+    for (int64_t m = 0; m < host.problem.m; ++m, ++row) {
+      for (int64_t n = 0; n < p.n; ++n) {
+        const auto expected = nones ? HostCase::Expected{0, 0} : host.Reference(m, n);
+        const double got = out[row * p.n + n];
+        if (!(std::abs(got - expected.value) <= (nones ? 0 : host.Tolerance(expected))))
+          return "out[" + std::to_string(row) + ", " + std::to_string(n) +
+                 "] = " + std::to_string(got) + ", expected " + std::to_string(expected.value);
+      }
+    }
+  }
+  return "";
+}
+
 Options Parse(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
@@ -265,7 +363,8 @@ int Main(int argc, char** argv) {
     const uint64_t seed = options.seed * 1000003 + static_cast<uint64_t>(i);
     Draw draw(seed);
     const Case c = DrawCase(draw, options, device);
-    const std::string wrong = RunCase(c, seed, options, device, &counts);
+    const std::string wrong = c.ragged ? RunRaggedCase(c, seed, options, &counts)
+                                       : RunCase(c, seed, options, device, &counts);
     ++run;
     if (wrong.empty()) continue;
     ++failures;

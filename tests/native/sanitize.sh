@@ -37,7 +37,7 @@ racecheck=(compute-sanitizer --tool racecheck --racecheck-report all --error-exi
 
 check "memcheck, negative control" faulty "${memcheck[@]}" "$build/tests/native/sanitizer_control" oob
 check "racecheck, negative control" faulty "${racecheck[@]}" "$build/tests/native/sanitizer_control" race
-for family in decode wgmma persistent cutlass; do
+for family in decode wgmma persistent cutlass ragged_decode ragged_wgmma ragged_persistent; do
   fuzz=("$build/tests/native/fuzz" --device cuda --cases "$cases" --family "$family")
   check "memcheck, $family" clean "${memcheck[@]}" "${fuzz[@]}"
   check "racecheck, $family" clean "${racecheck[@]}" "${fuzz[@]}"
