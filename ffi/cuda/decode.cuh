@@ -70,6 +70,15 @@ __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
   return outputs <= 80 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
+// Has the compiler hold a value in registers instead of deriving it again wherever it is used.
+__device__ __forceinline__ void Hold(uint32_t& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void Hold(int& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void Hold(int64_t& v) { asm volatile("" : "+l"(v)); }
+template <typename P>
+__device__ __forceinline__ void Hold(P*& v) {
+  asm volatile("" : "+l"(v));
+}
+
 // Fills a team's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
 // first + step, ...
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
@@ -82,34 +91,42 @@ class StageLoader {
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
         row_blocks_(p.blocks_n - n0 / kBlockN),
-        whole_tile_(row_blocks_ >= kTileBlocks),
         policy_(EvictFirstPolicy()),
         k0_(first * kUnitK),
         step_(step * kUnitK),
+        row_bytes_(static_cast<int64_t>(p.k) * 2),
         block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
+        step_bytes_(step * kBlocks * block_row_bytes_),
         weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
                  static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
         x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0 + thread / kChunks) * p.k + k0_ +
-           thread % kChunks * 8) {}
+           thread % kChunks * 8) {
+    const bool aligned = !kGeneral || (p.x_aligned && p.n_aligned);
+    whole_k_ = aligned && row_blocks_ >= kTileBlocks ? p.k - kUnitK : -1;
+    rows_left_ = rows_ - thread / kChunks;
+    x_offset_ = kWeightBytes + thread / kChunks * XRowBytes(kBlocks) + 16 * (thread % kChunks);
+    scale_offset_ = kWeightBytes + p.x_rows * XRowBytes(kBlocks) + 16 * thread;
+    has_scales_ = HasScaleChunk(thread);
+    Hold(k0_), Hold(step_), Hold(whole_k_), Hold(rows_left_), Hold(has_scales_);
+    Hold(x_offset_), Hold(scale_offset_), Hold(step_bytes_), Hold(weights_), Hold(x_);
+    FindScales();
+  }
 
-  // Starts the copies of the next unit, as one group.
+  // Starts the copies of a unit, as one group.
   __device__ __forceinline__ void Load(uint32_t stage) {
-    LoadWeights(stage);
-    const uint32_t x_stage = stage + kBlocks * kTileBlocks * kBlockBytes;
-    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kBlocks);
-    if (!kGeneral || p_.x_aligned) {
-      LoadX(x_stage);
+    if (k0_ <= whole_k_) {
+      LoadWhole(stage);
     } else {
-      LoadXUnaligned(x_stage);
+      LoadPart(stage);
     }
-    if (!kGeneral || p_.n_aligned) {
-      LoadScales(scale_stage);
-    } else {
-      LoadScalesUnaligned(scale_stage);
-    }
+  }
+
+  // Goes on to the next unit. Apart from Load, so that it can be done between products.
+  __device__ __forceinline__ void Advance() {
     k0_ += step_;
-    weights_ += step_ / kBlockK * block_row_bytes_;
+    weights_ += step_bytes_;
     x_ += step_;
+    FindScales();
   }
 
  private:
@@ -119,45 +136,56 @@ class StageLoader {
   static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
   static constexpr bool kGeneral = kParts == 2 * kBlocks;
   static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
+  static constexpr int kRowChunks = kTileN / 8;  // of 16 bytes, in a row of scales
+  static constexpr int kScaleChunks = kScaleRows * kRowChunks;
+  static constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
+  static constexpr int kPass = kThreads / kChunks;  // rows of x copied at a time
 
-  __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
+  // All of the unit's weights and K exist, and rows of x and scales are aligned. Held addresses and
+  // no branches: a warp does nothing else meanwhile.
+  __device__ __forceinline__ void LoadWhole(uint32_t stage) const {
     const uint32_t dst = stage + 16 * thread_;
-    if (whole_tile_ && k0_ + kUnitK <= p_.k) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int r = 0; r < kTileBlocks; r += kTeam)
-          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-      }
+      for (int r = 0; r < kTileBlocks; r += kTeam)
+        CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                  weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+    }
+    LoadX(stage + x_offset_, true);
+    CopyAsync(stage + scale_offset_, scales_, has_scales_ != 0);
+    LoadMoreScales(stage + scale_offset_);
+  }
+
+  __device__ __forceinline__ void LoadPart(uint32_t stage) const {
+    const uint32_t dst = stage + 16 * thread_;
+    const int row_blocks = row_blocks_ - thread_ / 32;
+#pragma unroll 1
+    for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
+#pragma unroll 1
+      for (int r = 0; r < kTileBlocks && r < row_blocks; r += kTeam)
+        CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                  weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+    }
+    if (!kGeneral || p_.x_aligned) {
+      LoadX(stage + x_offset_, k0_ + thread_ % kChunks * 8 < p_.k);
     } else {
-      const int row_blocks = row_blocks_ - thread_ / 32;
-#pragma unroll 1
-      for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
-#pragma unroll 1
-        for (int r = 0; r < kTileBlocks && r < row_blocks; r += kTeam)
-          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-      }
+      LoadXUnaligned(stage + kWeightBytes);
+    }
+    if (!kGeneral || p_.n_aligned) {
+      CopyAsync(stage + scale_offset_, scales_, has_scales_ != 0);
+      LoadMoreScales(stage + scale_offset_);
+    } else {
+      LoadScalesUnaligned(stage + kWeightBytes + p_.x_rows * XRowBytes(kBlocks));
     }
   }
 
-  __device__ __forceinline__ void LoadX(uint32_t dst) const {
-    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
-    constexpr int kPass = kThreads / kChunks;  // rows copied at a time
-    const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
+  // Zeros where `valid` is false.
+  __device__ __forceinline__ void LoadX(uint32_t dst, bool valid) const {
     const char* x = reinterpret_cast<const char*>(x_);
-    dst += row * XRowBytes(kBlocks) + 16 * chunk;
-    if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
 #pragma unroll
-      for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
-        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x);
-    } else {
-      const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
-#pragma unroll
-      for (int i = 0; i * kPass < kTileM; ++i, x += pass_bytes)
-        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, i * kPass + row < rows_, valid);
-    }
+    for (int i = 0; i < kTileM; i += kPass)
+      CopyAsyncShared(dst + i * XRowBytes(kBlocks), x + i * row_bytes_, i < rows_left_, valid);
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
@@ -182,15 +210,24 @@ class StageLoader {
            static_cast<int64_t>(group) * p_.n + n0_;
   }
 
-  __device__ __forceinline__ void LoadScales(uint32_t dst) const {
-    constexpr int kRowChunks = kTileN / 8;  // of 16 bytes
+  __device__ __forceinline__ const T* ScaleChunk(int idx) const {
+    return ScaleSource(idx / kRowChunks) + idx % kRowChunks * 8;
+  }
+
+  __device__ __forceinline__ bool HasScaleChunk(int idx) const {
+    return idx < kScaleChunks && n0_ + idx % kRowChunks * 8 < p_.n;
+  }
+
+  // This thread's first chunk of scales.
+  __device__ __forceinline__ void FindScales() {
+    if (!kGeneral || p_.n_aligned) scales_ = ScaleChunk(thread_);
+  }
+
+  // Its others, `dst` being the place of the first.
+  __device__ __forceinline__ void LoadMoreScales(uint32_t dst) const {
 #pragma unroll
-    for (int i = 0; i < kScaleRows * kRowChunks; i += kThreads) {
-      const int idx = i + thread_;
-      const int row = idx / kRowChunks, n = idx % kRowChunks * 8;
-      if (idx < kScaleRows * kRowChunks && n0_ + n < p_.n)
-        CopyAsync(dst + 16 * idx, ScaleSource(row) + n);
-    }
+    for (int i = kThreads; i < kScaleChunks; i += kThreads)
+      CopyAsync(dst + 16 * i, ScaleChunk(thread_ + i), HasScaleChunk(thread_ + i));
   }
 
   __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst) const {
@@ -203,13 +240,17 @@ class StageLoader {
 
   const DecodeParams& p_;
   const int thread_, n0_, rows_, row_blocks_;
-  const bool whole_tile_;
   const uint64_t policy_;
-  int k0_;
-  const int step_;
-  const int64_t block_row_bytes_;
+  int k0_, step_;
+  int whole_k_;    // the last k0_ of a unit for LoadWhole
+  int rows_left_;  // rows of x from this thread's first on
+  int has_scales_;
+  uint32_t x_offset_, scale_offset_;  // in a stage, of this thread's first chunks
+  const int64_t row_bytes_, block_row_bytes_;
+  int64_t step_bytes_;
   const char* weights_;
   const T* x_;
+  const T* scales_;
 };
 
 // Where a warp has rows enough to share it, sum(x) costs less than subtracting 8 from every code.
@@ -217,11 +258,17 @@ __host__ __device__ constexpr bool UsesAffineCodes(int rows, int tile_m, bool ze
   return zeros || rows > 2 * tile_m;
 }
 
+// Where a lane finds its operands in a stage.
+template <int kTokenBlocks>
+struct StageOffsets {
+  uint32_t words, scales, x[kTokenBlocks];
+};
+
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
-__device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_rows,
-                                              const uint32_t (&x_offset)[kTileM / 8], int lane,
+__device__ __forceinline__ void MultiplyStage(uint32_t stage,
+                                              const StageOffsets<kTileM / 8>& offsets,
                                               float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -234,10 +281,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
-  const uint32_t words_address = stage + member * (kRowBlocks * kBlockBytes) + 16 * lane;
-  const uint32_t scale_address = stage + kBlocks * kTileBlocks * kBlockBytes +
-                                 x_rows * XRowBytes(kBlocks) +
-                                 2 * (member * kRowBlocks * kBlockN + lane / 4);
+  const uint32_t words_address = stage + offsets.words, scale_address = stage + offsets.scales;
 
   // Parts are outermost, so that x and its sums live for one part alone.
 #pragma unroll
@@ -249,7 +293,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
       for (int s = 0; s < kSteps; s += 2) {
         const int i = (part * kSteps + s) / 2;
         uint32_t v[4];
-        LoadMatrix4(stage + x_offset[j] + 64 * i, v);
+        LoadMatrix4(stage + offsets.x[j] + 64 * i, v);
         x[j][s][0] = v[0], x[j][s][1] = v[1];
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
@@ -349,14 +393,31 @@ __device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int lef
   }
 }
 
+// bias[n .. n + 3], zeros where there is none; n is a multiple of 4.
+template <typename T>
+struct alignas(8) BiasQuad {
+  T v[4];
+
+  __device__ __forceinline__ static BiasQuad Load(const DecodeParams& p, int n) {
+    BiasQuad quad = {};
+    const T* bias = static_cast<const T*>(p.bias);
+    if (bias == nullptr) return quad;
+    if (n + 4 <= p.n) return *reinterpret_cast<const BiasQuad*>(bias + n);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (n + i < p.n) quad.v[i] = bias[n + i];
+    }
+    return quad;
+  }
+};
+
 // out[n .. n + 3] of token m.
 template <typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum) {
-  const T* bias = static_cast<const T*>(p.bias);
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum,
+                                         const BiasQuad<T>& bias) {
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    v[i] = fmaf(p.alpha, v[i], bias != nullptr && n + i < p.n ? ToFloat(bias[n + i]) : 0.0f);
+  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], ToFloat(bias.v[i]));
   const int64_t at = static_cast<int64_t>(m) * p.n + n;
   if (p.out_float32) {
     StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
@@ -398,7 +459,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
   const int first = (p.units * rank >> log2_split) + team;
-  const int end = p.units * (rank + 1) >> log2_split;
+  int end = p.units * (rank + 1) >> log2_split;
+  int step = num_teams;
+  Hold(end), Hold(step);
 
   char* const partials = shared + p.received_bytes;
   char* const ring = partials + team * p.team_bytes;
@@ -410,6 +473,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) {
     const int unit = first + s * num_teams;
+    if (s > 0) loader.Advance();
     if (unit < end) loader.Load(ring_address + s * p.stage_bytes);
     CopyAsyncCommit();
   }
@@ -417,6 +481,10 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   const int rows = min(p.x_rows, p.m - m0);
   // Outputs go in quads: 4 columns of one token.
   constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
+  // This thread's to store, of some tokens; every split-th is this CTA's.
+  const int log2_quads = kLog2Quads - log2_split;
+  const int own = threadIdx.x & ((1 << log2_quads) - 1), own_quad = (own << log2_split) + rank;
+  const BiasQuad<T> bias = BiasQuad<T>::Load(p, n0 + 4 * own_quad);  // early: nothing waits for it
 #if __CUDA_ARCH__ >= 900
   // Every split-th quad of a token is this CTA's to sum.
   const int share = (kQuads + split - 1) >> log2_split;
@@ -432,25 +500,31 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   }
 #endif
 
-  // Where a lane's rows of x lie in a stage. What stands for a token that does not exist matters
-  // to no other.
-  uint32_t x_offset[kTokenBlocks];
+  // What stands for a token that does not exist matters to no other.
+  constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
+  StageOffsets<kTokenBlocks> offsets = {
+      .words = member * (kRowBlocks * kBlockBytes) + 16u * lane,
+      .scales = kWeightBytes + p.x_rows * XRowBytes(kBlocks) +
+                2 * (member * kRowBlocks * kBlockN + lane / 4u),
+  };
 #pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j)
-    x_offset[j] = kBlocks * kTileBlocks * kBlockBytes +
-                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
+  for (int j = 0; j < kTokenBlocks; ++j) {
+    offsets.x[j] =
+        kWeightBytes + min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
+    Hold(offsets.x[j]);
+  }
+  Hold(offsets.words), Hold(offsets.scales);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
 #pragma unroll 1
-  for (int unit = first; unit < end; unit += num_teams) {
+  for (int unit = first; unit < end; unit += step) {
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
-    MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, member, p.x_rows,
-                                                                     x_offset, lane, acc);
+    loader.Advance();
+    MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, offsets, acc);
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
-    const int next = unit + kStages * num_teams;
-    if (next < end) loader.Load(stage);
+    if (unit + kStages * step < end) loader.Load(stage);
     CopyAsyncCommit();
     stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
   }
@@ -492,14 +566,11 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
 #endif
-  const int log2_quads = kLog2Quads - log2_split;
-  for (int idx = threadIdx.x; idx < rows << log2_quads; idx += blockDim.x) {
-    const int token = idx >> log2_quads, i = idx & ((1 << log2_quads) - 1);
-    const int quad = (i << log2_split) + rank;
-    if (quad >= kQuads) continue;
-    StoreOut<T>(p, m0 + token, n0 + 4 * quad,
-                SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
-  }
+  if (own_quad >= kQuads) return;
+  const int token_step = blockDim.x >> log2_quads;
+  for (int token = threadIdx.x >> log2_quads; token < rows; token += token_step)
+    StoreOut<T>(p, m0 + token, n0 + 4 * own_quad,
+                SumQuads(terms + token * token_bytes + 16 * own, term_bytes, num_terms), bias);
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
@@ -515,7 +586,7 @@ template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
 #define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                            \
   static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
-                (SPLIT & (SPLIT - 1)) == 0);                                                   \
+                (SPLIT & (SPLIT - 1)) == 0 && WARPS * 32 % (1 << CeilLog2(N / 4)) == 0);       \
   if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                \
       c.stages == STAGES)                                                                      \
     return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)              \
