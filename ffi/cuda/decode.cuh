@@ -98,30 +98,81 @@ class StageLoader {
         block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
         step_bytes_(step * kBlocks * block_row_bytes_),
         weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
-                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
-        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0 + thread / kChunks) * p.k + k0_ +
-           thread % kChunks * 8) {
+                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread) {
     const bool aligned = !kGeneral || (p.x_aligned && p.n_aligned);
     whole_k_ = aligned && row_blocks_ >= kTileBlocks ? p.k - kUnitK : -1;
-    rows_left_ = rows_ - thread / kChunks;
-    x_offset_ = kWeightBytes + thread / kChunks * XRowBytes(kBlocks) + 16 * (thread % kChunks);
-    scale_offset_ = kWeightBytes + p.x_rows * XRowBytes(kBlocks) + 16 * thread;
-    has_scales_ = HasScaleChunk(thread);
-    Hold(k0_), Hold(step_), Hold(whole_k_), Hold(rows_left_), Hold(has_scales_);
-    Hold(x_offset_), Hold(scale_offset_), Hold(step_bytes_), Hold(weights_), Hold(x_);
+    Hold(k0_), Hold(whole_k_), Hold(weights_);
+  }
+
+  // Finds the addresses that LoadRest needs: LoadWeights of the first unit comes before it.
+  __device__ __forceinline__ void Prepare(int m0) {
+    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
+    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + row) * p_.k + k0_ + chunk * 8;
+    rows_left_ = rows_ - row;
+    x_offset_ = kWeightBytes + row * XRowBytes(kBlocks) + 16 * chunk;
+    scale_offset_ = kWeightBytes + p_.x_rows * XRowBytes(kBlocks) + 16 * thread_;
+    has_scales_ = HasScaleChunk(thread_);
+    Hold(step_), Hold(rows_left_), Hold(has_scales_);
+    Hold(x_offset_), Hold(scale_offset_), Hold(step_bytes_), Hold(x_);
     FindScales();
   }
 
-  // Starts the copies of a unit, as one group.
-  __device__ __forceinline__ void Load(uint32_t stage) {
-    if (k0_ <= whole_k_) {
-      LoadWhole(stage);
+  // Starts the copies of a unit: to be committed as one group.
+  __device__ __forceinline__ void Load(uint32_t stage) const {
+    if (IsWhole()) {
+      LoadWeights(stage, true);
+      LoadRest(stage, true);
     } else {
-      LoadPart(stage);
+      LoadWeights(stage, false);
+      LoadRest(stage, false);
     }
   }
 
-  // Goes on to the next unit. Apart from Load, so that it can be done between products.
+  // All of the unit's weights and K exist, and rows of x and scales are aligned: then copies have
+  // held addresses and no branches, because a warp does nothing else meanwhile.
+  __device__ __forceinline__ bool IsWhole() const { return k0_ <= whole_k_; }
+
+  __device__ __forceinline__ void LoadWeights(uint32_t stage, bool whole) const {
+    const uint32_t dst = stage + 16 * thread_;
+    if (whole) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < kTileBlocks; r += kTeam)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
+    } else {
+      const int row_blocks = row_blocks_ - thread_ / 32;
+#pragma unroll 1
+      for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
+#pragma unroll 1
+        for (int r = 0; r < kTileBlocks && r < row_blocks; r += kTeam)
+          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void LoadRest(uint32_t stage, bool whole) const {
+    if (whole) {
+      LoadX(stage + x_offset_, true);
+      LoadScales(stage + scale_offset_);
+      return;
+    }
+    if (!kGeneral || p_.x_aligned) {
+      LoadX(stage + x_offset_, k0_ + thread_ % kChunks * 8 < p_.k);
+    } else {
+      LoadXUnaligned(stage + kWeightBytes);
+    }
+    if (!kGeneral || p_.n_aligned) {
+      LoadScales(stage + scale_offset_);
+    } else {
+      LoadScalesUnaligned(stage + kWeightBytes + p_.x_rows * XRowBytes(kBlocks));
+    }
+  }
+
+  // Goes on to the next unit: between products, which the copies would come after.
   __device__ __forceinline__ void Advance() {
     k0_ += step_;
     weights_ += step_bytes_;
@@ -140,45 +191,6 @@ class StageLoader {
   static constexpr int kScaleChunks = kScaleRows * kRowChunks;
   static constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
   static constexpr int kPass = kThreads / kChunks;  // rows of x copied at a time
-
-  // All of the unit's weights and K exist, and rows of x and scales are aligned. Held addresses and
-  // no branches: a warp does nothing else meanwhile.
-  __device__ __forceinline__ void LoadWhole(uint32_t stage) const {
-    const uint32_t dst = stage + 16 * thread_;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < kTileBlocks; r += kTeam)
-        CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                  weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-    }
-    LoadX(stage + x_offset_, true);
-    CopyAsync(stage + scale_offset_, scales_, has_scales_ != 0);
-    LoadMoreScales(stage + scale_offset_);
-  }
-
-  __device__ __forceinline__ void LoadPart(uint32_t stage) const {
-    const uint32_t dst = stage + 16 * thread_;
-    const int row_blocks = row_blocks_ - thread_ / 32;
-#pragma unroll 1
-    for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
-#pragma unroll 1
-      for (int r = 0; r < kTileBlocks && r < row_blocks; r += kTeam)
-        CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                  weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-    }
-    if (!kGeneral || p_.x_aligned) {
-      LoadX(stage + x_offset_, k0_ + thread_ % kChunks * 8 < p_.k);
-    } else {
-      LoadXUnaligned(stage + kWeightBytes);
-    }
-    if (!kGeneral || p_.n_aligned) {
-      CopyAsync(stage + scale_offset_, scales_, has_scales_ != 0);
-      LoadMoreScales(stage + scale_offset_);
-    } else {
-      LoadScalesUnaligned(stage + kWeightBytes + p_.x_rows * XRowBytes(kBlocks));
-    }
-  }
 
   // Zeros where `valid` is false.
   __device__ __forceinline__ void LoadX(uint32_t dst, bool valid) const {
@@ -223,8 +235,9 @@ class StageLoader {
     if (!kGeneral || p_.n_aligned) scales_ = ScaleChunk(thread_);
   }
 
-  // Its others, `dst` being the place of the first.
-  __device__ __forceinline__ void LoadMoreScales(uint32_t dst) const {
+  // `dst` is the place of this thread's first chunk.
+  __device__ __forceinline__ void LoadScales(uint32_t dst) const {
+    CopyAsync(dst, scales_, has_scales_ != 0);
 #pragma unroll
     for (int i = kThreads; i < kScaleChunks; i += kThreads)
       CopyAsync(dst + 16 * i, ScaleChunk(thread_ + i), HasScaleChunk(thread_ + i));
@@ -242,7 +255,7 @@ class StageLoader {
   const int thread_, n0_, rows_, row_blocks_;
   const uint64_t policy_;
   int k0_, step_;
-  int whole_k_;    // the last k0_ of a unit for LoadWhole
+  int whole_k_;    // the last k0_ of a whole unit
   int rows_left_;  // rows of x from this thread's first on
   int has_scales_;
   uint32_t x_offset_, scale_offset_;  // in a stage, of this thread's first chunks
@@ -470,11 +483,14 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
 
   StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first,
                                                                         num_teams);
+  if (first < end) loader.LoadWeights(ring_address, loader.IsWhole());
+  loader.Prepare(m0);
+  if (first < end) loader.LoadRest(ring_address, loader.IsWhole());
+  CopyAsyncCommit();
 #pragma unroll 1
-  for (int s = 0; s < kStages; ++s) {
-    const int unit = first + s * num_teams;
-    if (s > 0) loader.Advance();
-    if (unit < end) loader.Load(ring_address + s * p.stage_bytes);
+  for (int s = 1; s < kStages; ++s) {
+    loader.Advance();
+    if (first + s * num_teams < end) loader.Load(ring_address + s * p.stage_bytes);
     CopyAsyncCommit();
   }
 
