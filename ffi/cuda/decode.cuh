@@ -25,10 +25,16 @@
 // What the speed hangs on (H200, measured): CTAs of equal work, one or two to an SM, hence tiles of
 // any multiple of 16; stages that begin at multiples of 128 bytes (else up to 13% slower); and few
 // instructions, because some 8 warps an SM hide little latency, while more than about 64 KB in
-// flight an SM cost time again. Copies of x that pass by L1 were 10 to 17% slower at M = 8 and 16,
-// weights not marked evict-first 2 to 5% at M = 1. Bulk copies of weights and scales were never
-// faster, nor were shifts of the codes by multiplying, nor all of a stage read and refilled before
-// its first product.
+// flight an SM cost time again. Addresses held in registers, found between products, took 0 to 6%
+// off. Copies of x that pass by L1 were 10 to 17% slower at M = 8 and 16, weights not marked
+// evict-first 2 to 5% at M = 1. Bulk copies of weights and scales were never faster, nor were
+// shifts of the codes by multiplying, nor all of a stage read and refilled before its first
+// product, nor weights loaded to registers, nor another order of K in every CTA, nor tiles of up to
+// 448 rows in clusters of 4 and 8. A bias loaded at the start, and converted there, cost 5%.
+//
+// What limits M = 16 is the products: 8192 x 8192 takes 9.0 us with every copy left out and 12.1
+// with the weights in L2, of 12.6 (memory: 9.1). One more mma costs its scheduler about 6 cycles of
+// the 27 in which memory brings 16 x 16 codes, and M = 16 needs two for these, and some for sums.
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit
@@ -67,16 +73,25 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
 // Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread.
 __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
   const int outputs = tile_n * tile_m / team;  // of a warp
-  return outputs <= 80 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
+  return outputs <= 64 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
-// Has the compiler hold a value in registers instead of deriving it again wherever it is used.
-__device__ __forceinline__ void Hold(uint32_t& v) { asm volatile("" : "+r"(v)); }
-__device__ __forceinline__ void Hold(int& v) { asm volatile("" : "+r"(v)); }
-__device__ __forceinline__ void Hold(int64_t& v) { asm volatile("" : "+l"(v)); }
-template <typename P>
-__device__ __forceinline__ void Hold(P*& v) {
-  asm volatile("" : "+l"(v));
+// Has the compiler hold a value in a register instead of deriving it again wherever it is used.
+template <bool kWanted, typename V>
+__device__ __forceinline__ void Hold(V& v) {
+  if constexpr (!kWanted) return;
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("" : "+l"(v));
+  } else {
+    asm volatile("" : "+r"(v));
+  }
+}
+
+// Whether registers are left for that.
+__host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, int team, bool zeros,
+                                                  int parts) {
+  const int outputs = tile_n * tile_m / team;  // of a warp
+  return parts == 1 ? !zeros || outputs <= 64 * 16 : parts == 2 && tile_m == 8 && outputs <= 64 * 8;
 }
 
 // Fills a team's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
@@ -101,7 +116,7 @@ class StageLoader {
                  static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread) {
     const bool aligned = !kGeneral || (p.x_aligned && p.n_aligned);
     whole_k_ = aligned && row_blocks_ >= kTileBlocks ? p.k - kUnitK : -1;
-    Hold(k0_), Hold(whole_k_), Hold(weights_);
+    Hold<kHold>(k0_), Hold<kHold>(whole_k_), Hold<kHold>(weights_);
   }
 
   // Finds the addresses that LoadRest needs: LoadWeights of the first unit comes before it.
@@ -112,8 +127,8 @@ class StageLoader {
     x_offset_ = kWeightBytes + row * XRowBytes(kBlocks) + 16 * chunk;
     scale_offset_ = kWeightBytes + p_.x_rows * XRowBytes(kBlocks) + 16 * thread_;
     has_scales_ = HasScaleChunk(thread_);
-    Hold(step_), Hold(rows_left_), Hold(has_scales_);
-    Hold(x_offset_), Hold(scale_offset_), Hold(step_bytes_), Hold(x_);
+    Hold<kHold>(step_), Hold<kHold>(rows_left_), Hold<kHold>(has_scales_);
+    Hold<kHold>(x_offset_), Hold<kHold>(scale_offset_), Hold<kHold>(step_bytes_), Hold<kHold>(x_);
     FindScales();
   }
 
@@ -190,6 +205,7 @@ class StageLoader {
   static constexpr int kRowChunks = kTileN / 8;  // of 16 bytes, in a row of scales
   static constexpr int kScaleChunks = kScaleRows * kRowChunks;
   static constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
+  static constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
   static constexpr int kPass = kThreads / kChunks;  // rows of x copied at a time
 
   // Zeros where `valid` is false.
@@ -406,31 +422,14 @@ __device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int lef
   }
 }
 
-// bias[n .. n + 3], zeros where there is none; n is a multiple of 4.
-template <typename T>
-struct alignas(8) BiasQuad {
-  T v[4];
-
-  __device__ __forceinline__ static BiasQuad Load(const DecodeParams& p, int n) {
-    BiasQuad quad = {};
-    const T* bias = static_cast<const T*>(p.bias);
-    if (bias == nullptr) return quad;
-    if (n + 4 <= p.n) return *reinterpret_cast<const BiasQuad*>(bias + n);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      if (n + i < p.n) quad.v[i] = bias[n + i];
-    }
-    return quad;
-  }
-};
-
 // out[n .. n + 3] of token m.
 template <typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum,
-                                         const BiasQuad<T>& bias) {
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum) {
+  const T* bias = static_cast<const T*>(p.bias);
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], ToFloat(bias.v[i]));
+  for (int i = 0; i < 4; ++i)
+    v[i] = fmaf(p.alpha, v[i], bias != nullptr && n + i < p.n ? ToFloat(bias[n + i]) : 0.0f);
   const int64_t at = static_cast<int64_t>(m) * p.n + n;
   if (p.out_float32) {
     StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
@@ -474,7 +473,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   const int first = (p.units * rank >> log2_split) + team;
   int end = p.units * (rank + 1) >> log2_split;
   int step = num_teams;
-  Hold(end), Hold(step);
+  constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
+  Hold<kHold>(end), Hold<kHold>(step);
 
   char* const partials = shared + p.received_bytes;
   char* const ring = partials + team * p.team_bytes;
@@ -497,10 +497,6 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   const int rows = min(p.x_rows, p.m - m0);
   // Outputs go in quads: 4 columns of one token.
   constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
-  // This thread's to store, of some tokens; every split-th is this CTA's.
-  const int log2_quads = kLog2Quads - log2_split;
-  const int own = threadIdx.x & ((1 << log2_quads) - 1), own_quad = (own << log2_split) + rank;
-  const BiasQuad<T> bias = BiasQuad<T>::Load(p, n0 + 4 * own_quad);  // early: nothing waits for it
 #if __CUDA_ARCH__ >= 900
   // Every split-th quad of a token is this CTA's to sum.
   const int share = (kQuads + split - 1) >> log2_split;
@@ -527,9 +523,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   for (int j = 0; j < kTokenBlocks; ++j) {
     offsets.x[j] =
         kWeightBytes + min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
-    Hold(offsets.x[j]);
+    Hold<kHold>(offsets.x[j]);
   }
-  Hold(offsets.words), Hold(offsets.scales);
+  Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
@@ -582,11 +578,14 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
     num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
 #endif
-  if (own_quad >= kQuads) return;
-  const int token_step = blockDim.x >> log2_quads;
-  for (int token = threadIdx.x >> log2_quads; token < rows; token += token_step)
-    StoreOut<T>(p, m0 + token, n0 + 4 * own_quad,
-                SumQuads(terms + token * token_bytes + 16 * own, term_bytes, num_terms), bias);
+  const int log2_quads = kLog2Quads - log2_split;
+  for (int idx = threadIdx.x; idx < rows << log2_quads; idx += blockDim.x) {
+    const int token = idx >> log2_quads, i = idx & ((1 << log2_quads) - 1);
+    const int quad = (i << log2_split) + rank;
+    if (quad >= kQuads) continue;
+    StoreOut<T>(p, m0 + token, n0 + 4 * quad,
+                SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
+  }
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
@@ -602,7 +601,7 @@ template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
 #define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                            \
   static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
-                (SPLIT & (SPLIT - 1)) == 0 && WARPS * 32 % (1 << CeilLog2(N / 4)) == 0);       \
+                (SPLIT & (SPLIT - 1)) == 0);                                                   \
   if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                \
       c.stages == STAGES)                                                                      \
     return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)              \
