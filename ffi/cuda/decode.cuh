@@ -25,10 +25,16 @@
 // What the speed hangs on (H200, measured): CTAs of equal work, one or two to an SM, hence tiles of
 // any multiple of 16; stages that begin at multiples of 128 bytes (else up to 13% slower); and few
 // instructions, because some 8 warps an SM hide little latency, while more than about 64 KB in
-// flight an SM cost time again. Copies of x that pass by L1 were 10 to 17% slower at M = 8 and 16,
-// weights not marked evict-first 2 to 5% at M = 1. Bulk copies of weights and scales were never
-// faster, nor were shifts of the codes by multiplying, nor all of a stage read and refilled before
-// its first product.
+// flight an SM cost time again. Addresses held in registers, found between products, took 0 to 6%
+// off. Copies of x that pass by L1 were 10 to 17% slower at M = 8 and 16, weights not marked
+// evict-first 2 to 5% at M = 1. Bulk copies of weights and scales were never faster, nor were
+// shifts of the codes by multiplying, nor all of a stage read and refilled before its first
+// product, nor weights loaded to registers, nor another order of K in every CTA, nor tiles of up to
+// 448 rows in clusters of 4 and 8. A bias loaded at the start, and converted there, cost 5%.
+//
+// What limits M = 16 is the products: 8192 x 8192 takes 9.0 us with every copy left out and 12.1
+// with the weights in L2, of 12.6 (memory: 9.1). One more mma costs its scheduler about 6 cycles of
+// the 27 in which memory brings 16 x 16 codes, and M = 16 needs two for these, and some for sums.
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit
@@ -67,7 +73,25 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
 // Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread.
 __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
   const int outputs = tile_n * tile_m / team;  // of a warp
-  return outputs <= 80 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
+  return outputs <= 64 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
+}
+
+// Has the compiler hold a value in a register instead of deriving it again wherever it is used.
+template <bool kWanted, typename V>
+__device__ __forceinline__ void Hold(V& v) {
+  if constexpr (!kWanted) return;
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("" : "+l"(v));
+  } else {
+    asm volatile("" : "+r"(v));
+  }
+}
+
+// Whether registers are left for that.
+__host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, int team, bool zeros,
+                                                  int parts) {
+  const int outputs = tile_n * tile_m / team;  // of a warp
+  return parts == 1 ? !zeros || outputs <= 64 * 16 : parts == 2 && tile_m == 8 && outputs <= 64 * 8;
 }
 
 // Fills a team's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
@@ -82,47 +106,50 @@ class StageLoader {
         n0_(n0),
         rows_(min(p.x_rows, p.m - m0)),
         row_blocks_(p.blocks_n - n0 / kBlockN),
-        whole_tile_(row_blocks_ >= kTileBlocks),
         policy_(EvictFirstPolicy()),
         k0_(first * kUnitK),
         step_(step * kUnitK),
+        row_bytes_(static_cast<int64_t>(p.k) * 2),
         block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
+        step_bytes_(step * kBlocks * block_row_bytes_),
         weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
-                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread),
-        x_(static_cast<const T*>(p.x) + static_cast<int64_t>(m0 + thread / kChunks) * p.k + k0_ +
-           thread % kChunks * 8) {}
-
-  // Starts the copies of the next unit, as one group.
-  __device__ __forceinline__ void Load(uint32_t stage) {
-    LoadWeights(stage);
-    const uint32_t x_stage = stage + kBlocks * kTileBlocks * kBlockBytes;
-    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kBlocks);
-    if (!kGeneral || p_.x_aligned) {
-      LoadX(x_stage);
-    } else {
-      LoadXUnaligned(x_stage);
-    }
-    if (!kGeneral || p_.n_aligned) {
-      LoadScales(scale_stage);
-    } else {
-      LoadScalesUnaligned(scale_stage);
-    }
-    k0_ += step_;
-    weights_ += step_ / kBlockK * block_row_bytes_;
-    x_ += step_;
+                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread) {
+    const bool aligned = !kGeneral || (p.x_aligned && p.n_aligned);
+    whole_k_ = aligned && row_blocks_ >= kTileBlocks ? p.k - kUnitK : -1;
+    Hold<kHold>(k0_), Hold<kHold>(whole_k_), Hold<kHold>(weights_);
   }
 
- private:
-  static constexpr int kThreads = 32 * kTeam;
-  static constexpr int kUnitK = kBlocks * kBlockK;
-  static constexpr int kTileBlocks = kTileN / kBlockN;
-  static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
-  static constexpr bool kGeneral = kParts == 2 * kBlocks;
-  static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
+  // Finds the addresses that LoadRest needs: LoadWeights of the first unit comes before it.
+  __device__ __forceinline__ void Prepare(int m0) {
+    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
+    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + row) * p_.k + k0_ + chunk * 8;
+    rows_left_ = rows_ - row;
+    x_offset_ = kWeightBytes + row * XRowBytes(kBlocks) + 16 * chunk;
+    scale_offset_ = kWeightBytes + p_.x_rows * XRowBytes(kBlocks) + 16 * thread_;
+    has_scales_ = HasScaleChunk(thread_);
+    Hold<kHold>(step_), Hold<kHold>(rows_left_), Hold<kHold>(has_scales_);
+    Hold<kHold>(x_offset_), Hold<kHold>(scale_offset_), Hold<kHold>(step_bytes_), Hold<kHold>(x_);
+    FindScales();
+  }
 
-  __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
+  // Starts the copies of a unit: to be committed as one group.
+  __device__ __forceinline__ void Load(uint32_t stage) const {
+    if (IsWhole()) {
+      LoadWeights(stage, true);
+      LoadRest(stage, true);
+    } else {
+      LoadWeights(stage, false);
+      LoadRest(stage, false);
+    }
+  }
+
+  // All of the unit's weights and K exist, and rows of x and scales are aligned: then copies have
+  // held addresses and no branches, because a warp does nothing else meanwhile.
+  __device__ __forceinline__ bool IsWhole() const { return k0_ <= whole_k_; }
+
+  __device__ __forceinline__ void LoadWeights(uint32_t stage, bool whole) const {
     const uint32_t dst = stage + 16 * thread_;
-    if (whole_tile_ && k0_ + kUnitK <= p_.k) {
+    if (whole) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -142,22 +169,51 @@ class StageLoader {
     }
   }
 
-  __device__ __forceinline__ void LoadX(uint32_t dst) const {
-    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
-    constexpr int kPass = kThreads / kChunks;  // rows copied at a time
-    const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
-    const char* x = reinterpret_cast<const char*>(x_);
-    dst += row * XRowBytes(kBlocks) + 16 * chunk;
-    if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
-#pragma unroll
-      for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
-        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x);
-    } else {
-      const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
-#pragma unroll
-      for (int i = 0; i * kPass < kTileM; ++i, x += pass_bytes)
-        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, i * kPass + row < rows_, valid);
+  __device__ __forceinline__ void LoadRest(uint32_t stage, bool whole) const {
+    if (whole) {
+      LoadX(stage + x_offset_, true);
+      LoadScales(stage + scale_offset_);
+      return;
     }
+    if (!kGeneral || p_.x_aligned) {
+      LoadX(stage + x_offset_, k0_ + thread_ % kChunks * 8 < p_.k);
+    } else {
+      LoadXUnaligned(stage + kWeightBytes);
+    }
+    if (!kGeneral || p_.n_aligned) {
+      LoadScales(stage + scale_offset_);
+    } else {
+      LoadScalesUnaligned(stage + kWeightBytes + p_.x_rows * XRowBytes(kBlocks));
+    }
+  }
+
+  // Goes on to the next unit: between products, which the copies would come after.
+  __device__ __forceinline__ void Advance() {
+    k0_ += step_;
+    weights_ += step_bytes_;
+    x_ += step_;
+    FindScales();
+  }
+
+ private:
+  static constexpr int kThreads = 32 * kTeam;
+  static constexpr int kUnitK = kBlocks * kBlockK;
+  static constexpr int kTileBlocks = kTileN / kBlockN;
+  static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
+  static constexpr bool kGeneral = kParts == 2 * kBlocks;
+  static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
+  static constexpr int kRowChunks = kTileN / 8;  // of 16 bytes, in a row of scales
+  static constexpr int kScaleChunks = kScaleRows * kRowChunks;
+  static constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
+  static constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
+  static constexpr int kPass = kThreads / kChunks;  // rows of x copied at a time
+
+  // Zeros where `valid` is false.
+  __device__ __forceinline__ void LoadX(uint32_t dst, bool valid) const {
+    const char* x = reinterpret_cast<const char*>(x_);
+#pragma unroll
+    for (int i = 0; i < kTileM; i += kPass)
+      CopyAsyncShared(dst + i * XRowBytes(kBlocks), x + i * row_bytes_, i < rows_left_, valid);
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
@@ -182,15 +238,25 @@ class StageLoader {
            static_cast<int64_t>(group) * p_.n + n0_;
   }
 
+  __device__ __forceinline__ const T* ScaleChunk(int idx) const {
+    return ScaleSource(idx / kRowChunks) + idx % kRowChunks * 8;
+  }
+
+  __device__ __forceinline__ bool HasScaleChunk(int idx) const {
+    return idx < kScaleChunks && n0_ + idx % kRowChunks * 8 < p_.n;
+  }
+
+  // This thread's first chunk of scales.
+  __device__ __forceinline__ void FindScales() {
+    if (!kGeneral || p_.n_aligned) scales_ = ScaleChunk(thread_);
+  }
+
+  // `dst` is the place of this thread's first chunk.
   __device__ __forceinline__ void LoadScales(uint32_t dst) const {
-    constexpr int kRowChunks = kTileN / 8;  // of 16 bytes
+    CopyAsync(dst, scales_, has_scales_ != 0);
 #pragma unroll
-    for (int i = 0; i < kScaleRows * kRowChunks; i += kThreads) {
-      const int idx = i + thread_;
-      const int row = idx / kRowChunks, n = idx % kRowChunks * 8;
-      if (idx < kScaleRows * kRowChunks && n0_ + n < p_.n)
-        CopyAsync(dst + 16 * idx, ScaleSource(row) + n);
-    }
+    for (int i = kThreads; i < kScaleChunks; i += kThreads)
+      CopyAsync(dst + 16 * i, ScaleChunk(thread_ + i), HasScaleChunk(thread_ + i));
   }
 
   __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst) const {
@@ -203,13 +269,17 @@ class StageLoader {
 
   const DecodeParams& p_;
   const int thread_, n0_, rows_, row_blocks_;
-  const bool whole_tile_;
   const uint64_t policy_;
-  int k0_;
-  const int step_;
-  const int64_t block_row_bytes_;
+  int k0_, step_;
+  int whole_k_;    // the last k0_ of a whole unit
+  int rows_left_;  // rows of x from this thread's first on
+  int has_scales_;
+  uint32_t x_offset_, scale_offset_;  // in a stage, of this thread's first chunks
+  const int64_t row_bytes_, block_row_bytes_;
+  int64_t step_bytes_;
   const char* weights_;
   const T* x_;
+  const T* scales_;
 };
 
 // Where a warp has rows enough to share it, sum(x) costs less than subtracting 8 from every code.
@@ -217,11 +287,17 @@ __host__ __device__ constexpr bool UsesAffineCodes(int rows, int tile_m, bool ze
   return zeros || rows > 2 * tile_m;
 }
 
+// Where a lane finds its operands in a stage.
+template <int kTokenBlocks>
+struct StageOffsets {
+  uint32_t words, scales, x[kTokenBlocks];
+};
+
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
-__device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_rows,
-                                              const uint32_t (&x_offset)[kTileM / 8], int lane,
+__device__ __forceinline__ void MultiplyStage(uint32_t stage,
+                                              const StageOffsets<kTileM / 8>& offsets,
                                               float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -234,10 +310,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
-  const uint32_t words_address = stage + member * (kRowBlocks * kBlockBytes) + 16 * lane;
-  const uint32_t scale_address = stage + kBlocks * kTileBlocks * kBlockBytes +
-                                 x_rows * XRowBytes(kBlocks) +
-                                 2 * (member * kRowBlocks * kBlockN + lane / 4);
+  const uint32_t words_address = stage + offsets.words, scale_address = stage + offsets.scales;
 
   // Parts are outermost, so that x and its sums live for one part alone.
 #pragma unroll
@@ -249,7 +322,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, int member, int x_
       for (int s = 0; s < kSteps; s += 2) {
         const int i = (part * kSteps + s) / 2;
         uint32_t v[4];
-        LoadMatrix4(stage + x_offset[j] + 64 * i, v);
+        LoadMatrix4(stage + offsets.x[j] + 64 * i, v);
         x[j][s][0] = v[0], x[j][s][1] = v[1];
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
@@ -398,7 +471,10 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
   const int first = (p.units * rank >> log2_split) + team;
-  const int end = p.units * (rank + 1) >> log2_split;
+  int end = p.units * (rank + 1) >> log2_split;
+  int step = num_teams;
+  constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
+  Hold<kHold>(end), Hold<kHold>(step);
 
   char* const partials = shared + p.received_bytes;
   char* const ring = partials + team * p.team_bytes;
@@ -407,10 +483,14 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
 
   StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first,
                                                                         num_teams);
+  if (first < end) loader.LoadWeights(ring_address, loader.IsWhole());
+  loader.Prepare(m0);
+  if (first < end) loader.LoadRest(ring_address, loader.IsWhole());
+  CopyAsyncCommit();
 #pragma unroll 1
-  for (int s = 0; s < kStages; ++s) {
-    const int unit = first + s * num_teams;
-    if (unit < end) loader.Load(ring_address + s * p.stage_bytes);
+  for (int s = 1; s < kStages; ++s) {
+    loader.Advance();
+    if (first + s * num_teams < end) loader.Load(ring_address + s * p.stage_bytes);
     CopyAsyncCommit();
   }
 
@@ -435,25 +515,31 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   }
 #endif
 
-  // Where a lane's rows of x lie in a stage. What stands for a token that does not exist matters
-  // to no other.
-  uint32_t x_offset[kTokenBlocks];
+  // What stands for a token that does not exist matters to no other.
+  constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
+  StageOffsets<kTokenBlocks> offsets = {
+      .words = member * (kRowBlocks * kBlockBytes) + 16u * lane,
+      .scales = kWeightBytes + p.x_rows * XRowBytes(kBlocks) +
+                2 * (member * kRowBlocks * kBlockN + lane / 4u),
+  };
 #pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j)
-    x_offset[j] = kBlocks * kTileBlocks * kBlockBytes +
-                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
+  for (int j = 0; j < kTokenBlocks; ++j) {
+    offsets.x[j] =
+        kWeightBytes + min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
+    Hold<kHold>(offsets.x[j]);
+  }
+  Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
 #pragma unroll 1
-  for (int unit = first; unit < end; unit += num_teams) {
+  for (int unit = first; unit < end; unit += step) {
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
-    MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, member, p.x_rows,
-                                                                     x_offset, lane, acc);
+    loader.Advance();
+    MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, offsets, acc);
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
-    const int next = unit + kStages * num_teams;
-    if (next < end) loader.Load(stage);
+    if (unit + kStages * step < end) loader.Load(stage);
     CopyAsyncCommit();
     stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
   }

@@ -30,14 +30,17 @@ __device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, uint64_
                : "memory");
 }
 
-// Through L1, where other CTAs of the SM may find the data again.
-__device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+// The same, made only if `wanted`: predicated, because the compiler would make it a branch.
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}" ::"r"(dst),
+      "l"(src), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
-// The same, made only if `wanted`
-// (predicated, because the compiler would make each a branch of its own); writes zeros, and reads
-// nothing, unless `exists`.
+// Through L1, where other CTAs of the SM may find the data again; only if `wanted`; writes zeros,
+// and reads nothing, unless `exists`.
 __device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src, bool wanted,
                                                 bool exists) {
   asm volatile(
