@@ -70,10 +70,11 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   return ToFloat(*reinterpret_cast<const T*>(&bits));
 }
 
-// Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread.
-__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team) {
+// Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread. `general`: the kernel
+// of the most parts.
+__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team, bool general) {
   const int outputs = tile_n * tile_m / team;  // of a warp
-  return outputs <= 64 * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
+  return outputs <= 64 * 8 && !general ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
 // Has the compiler hold a value in a register instead of deriving it again wherever it is used.
@@ -121,14 +122,12 @@ class StageLoader {
 
   // Finds the addresses that LoadRest needs: LoadWeights of the first unit comes before it.
   __device__ __forceinline__ void Prepare(int m0) {
-    const int row = thread_ / kChunks, chunk = thread_ % kChunks;
-    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + row) * p_.k + k0_ + chunk * 8;
-    rows_left_ = rows_ - row;
-    x_offset_ = kWeightBytes + row * XRowBytes(kBlocks) + 16 * chunk;
-    scale_offset_ = kWeightBytes + p_.x_rows * XRowBytes(kBlocks) + 16 * thread_;
-    has_scales_ = HasScaleChunk(thread_);
-    Hold<kHold>(step_), Hold<kHold>(rows_left_), Hold<kHold>(has_scales_);
-    Hold<kHold>(x_offset_), Hold<kHold>(scale_offset_), Hold<kHold>(step_bytes_), Hold<kHold>(x_);
+    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + thread_ / kChunks) * p_.k + k0_ +
+         thread_ % kChunks * 8;
+    places_ = FindPlaces(thread_);
+    Hold<kHold>(step_), Hold<kHold>(step_bytes_), Hold<kHold>(x_);
+    Hold<kHold>(places_.x), Hold<kHold>(places_.scales);
+    Hold<kHold>(places_.rows_left), Hold<kHold>(places_.has_scales);
     FindScales();
   }
 
@@ -170,18 +169,24 @@ class StageLoader {
   }
 
   __device__ __forceinline__ void LoadRest(uint32_t stage, bool whole) const {
-    if (whole) {
-      LoadX(stage + x_offset_, true);
-      LoadScales(stage + scale_offset_);
+    Places at = places_;
+    if constexpr (!kHold) {
+      int thread = thread_;
+      Hold<true>(thread);  // else the compiler holds what follows from it
+      at = FindPlaces(thread);
+    }
+    if (kHold && whole) {
+      LoadX(stage, at, true);
+      LoadScales(stage, at);
       return;
     }
     if (!kGeneral || p_.x_aligned) {
-      LoadX(stage + x_offset_, k0_ + thread_ % kChunks * 8 < p_.k);
+      LoadX(stage, at, k0_ + thread_ % kChunks * 8 < p_.k);
     } else {
       LoadXUnaligned(stage + kWeightBytes);
     }
     if (!kGeneral || p_.n_aligned) {
-      LoadScales(stage + scale_offset_);
+      LoadScales(stage, at);
     } else {
       LoadScalesUnaligned(stage + kWeightBytes + p_.x_rows * XRowBytes(kBlocks));
     }
@@ -190,7 +195,11 @@ class StageLoader {
   // Goes on to the next unit: between products, which the copies would come after.
   __device__ __forceinline__ void Advance() {
     k0_ += step_;
-    weights_ += step_bytes_;
+    if constexpr (kHold) {
+      weights_ += step_bytes_;
+    } else {
+      weights_ += step_ / kBlockK * block_row_bytes_;
+    }
     x_ += step_;
     FindScales();
   }
@@ -208,12 +217,31 @@ class StageLoader {
   static constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
   static constexpr int kPass = kThreads / kChunks;  // rows of x copied at a time
 
+  // What a thread copies first of x and of scales, and where in a stage.
+  struct Places {
+    uint32_t x, scales;
+    int rows_left;  // rows of x from its first on
+    int has_scales;
+  };
+
+  __device__ __forceinline__ Places FindPlaces(int thread) const {
+    const int row = thread / kChunks, chunk = thread % kChunks;
+    return {
+        .x = static_cast<uint32_t>(kWeightBytes + row * XRowBytes(kBlocks) + 16 * chunk),
+        .scales =
+            static_cast<uint32_t>(kWeightBytes + p_.x_rows * XRowBytes(kBlocks) + 16 * thread),
+        .rows_left = rows_ - row,
+        .has_scales = HasScaleChunk(thread),
+    };
+  }
+
   // Zeros where `valid` is false.
-  __device__ __forceinline__ void LoadX(uint32_t dst, bool valid) const {
+  __device__ __forceinline__ void LoadX(uint32_t stage, const Places& at, bool valid) const {
     const char* x = reinterpret_cast<const char*>(x_);
 #pragma unroll
     for (int i = 0; i < kTileM; i += kPass)
-      CopyAsyncShared(dst + i * XRowBytes(kBlocks), x + i * row_bytes_, i < rows_left_, valid);
+      CopyAsyncShared(stage + at.x + i * XRowBytes(kBlocks), x + i * row_bytes_, i < at.rows_left,
+                      valid);
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
@@ -246,17 +274,18 @@ class StageLoader {
     return idx < kScaleChunks && n0_ + idx % kRowChunks * 8 < p_.n;
   }
 
-  // This thread's first chunk of scales.
+  // This thread's first chunk of scales, early.
   __device__ __forceinline__ void FindScales() {
-    if (!kGeneral || p_.n_aligned) scales_ = ScaleChunk(thread_);
+    if constexpr (kHold) scales_ = ScaleChunk(thread_);
   }
 
-  // `dst` is the place of this thread's first chunk.
-  __device__ __forceinline__ void LoadScales(uint32_t dst) const {
-    CopyAsync(dst, scales_, has_scales_ != 0);
+  __device__ __forceinline__ void LoadScales(uint32_t stage, const Places& at) const {
+    const uint32_t dst = stage + at.scales;
+    if constexpr (kHold) CopyAsync(dst, scales_, at.has_scales != 0);
 #pragma unroll
-    for (int i = kThreads; i < kScaleChunks; i += kThreads)
+    for (int i = kHold ? kThreads : 0; i < kScaleChunks; i += kThreads) {
       CopyAsync(dst + 16 * i, ScaleChunk(thread_ + i), HasScaleChunk(thread_ + i));
+    }
   }
 
   __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst) const {
@@ -271,14 +300,12 @@ class StageLoader {
   const int thread_, n0_, rows_, row_blocks_;
   const uint64_t policy_;
   int k0_, step_;
-  int whole_k_;    // the last k0_ of a whole unit
-  int rows_left_;  // rows of x from this thread's first on
-  int has_scales_;
-  uint32_t x_offset_, scale_offset_;  // in a stage, of this thread's first chunks
+  int whole_k_;  // the last k0_ of a whole unit
   const int64_t row_bytes_, block_row_bytes_;
   int64_t step_bytes_;
   const char* weights_;
   const T* x_;
+  Places places_;
   const T* scales_;
 };
 
@@ -450,7 +477,7 @@ __device__ __forceinline__ void TeamBarrier(int team) {
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
           int kParts>
-__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
+__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 * kBlocks), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -517,18 +544,21 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
 
   // What stands for a token that does not exist matters to no other.
   constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
-  StageOffsets<kTokenBlocks> offsets = {
-      .words = member * (kRowBlocks * kBlockBytes) + 16u * lane,
-      .scales = kWeightBytes + p.x_rows * XRowBytes(kBlocks) +
-                2 * (member * kRowBlocks * kBlockN + lane / 4u),
-  };
+  const auto find_offsets = [&](int l) {
+    StageOffsets<kTokenBlocks> at = {
+        .words = member * (kRowBlocks * kBlockBytes) + 16u * l,
+        .scales = kWeightBytes + p.x_rows * XRowBytes(kBlocks) +
+                  2 * (member * kRowBlocks * kBlockN + l / 4u),
+    };
 #pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j) {
-    offsets.x[j] =
-        kWeightBytes + min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
-    Hold<kHold>(offsets.x[j]);
-  }
+    for (int j = 0; j < kTokenBlocks; ++j)
+      at.x[j] = kWeightBytes + min(8 * j + l % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (l / 8);
+    return at;
+  };
+  StageOffsets<kTokenBlocks> offsets = find_offsets(lane);
   Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales);
+#pragma unroll
+  for (int j = 0; j < kTokenBlocks; ++j) Hold<kHold>(offsets.x[j]);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
@@ -536,9 +566,15 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam), 1)
   for (int unit = first; unit < end; unit += step) {
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
-    loader.Advance();
+    if constexpr (kHold) loader.Advance();
+    if constexpr (!kHold && kTileN * kTileM / kTeam > 112 * 16) {  // few registers are left
+      int l = lane;
+      Hold<true>(l);
+      offsets = find_offsets(l);
+    }
     MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, offsets, acc);
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
+    if constexpr (!kHold) loader.Advance();
     if (unit + kStages * step < end) loader.Load(stage);
     CopyAsyncCommit();
     stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
@@ -602,12 +638,12 @@ DecodeKernelPointer KernelForParts(int parts) {
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                            \
-  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM) && WARPS % TEAM == 0 && SPLIT * 4 <= N && \
-                (SPLIT & (SPLIT - 1)) == 0);                                                   \
-  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                \
-      c.stages == STAGES)                                                                      \
-    return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)              \
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                \
+  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM, true) && WARPS % TEAM == 0 && \
+                SPLIT * 4 <= N && (SPLIT & (SPLIT - 1)) == 0);                     \
+  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&    \
+      c.stages == STAGES)                                                          \
+    return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)  \
                      : KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_PERSISTENT(...)
