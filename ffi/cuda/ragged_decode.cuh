@@ -25,10 +25,8 @@
 
 namespace w4a16 {
 
-// Threads of a CTA, at most: finding tiles takes registers too.
-__host__ __device__ constexpr int RaggedThreads(int tile_n, int tile_m) {
-  return MaxThreads(tile_n, tile_m, 1) < 256 ? MaxThreads(tile_n, tile_m, 1) : 256;
-}
+// Threads of a CTA, at most: with them go 255 registers a thread.
+inline constexpr int kRaggedThreads = 256;
 
 // The expert of a tile that exists, from that of an earlier one on. The whole warp calls it.
 __device__ __forceinline__ int ExpertOf(const ExpertParams& e, const ExpertEnd* table, int tiles_n,
@@ -365,7 +363,7 @@ __device__ __forceinline__ void RunTiles(const RaggedDecodeParams& params, const
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
-__global__ void __launch_bounds__(RaggedThreads(kTileN, kTileM), 1)
+__global__ void __launch_bounds__(kRaggedThreads, 1)
     RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
   static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0 && kTileM <= 32);
   extern __shared__ __align__(128) char shared[];
@@ -416,7 +414,7 @@ RaggedDecodePointer FindRaggedDecode(const Config& c, bool has_zeros, int parts)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_RAGGED_DECODE(N, M, BLOCKS, WARPS, STAGES, ...)                     \
-  static_assert(WARPS * 32 <= RaggedThreads(N, M));                               \
+  static_assert(WARPS * 32 <= kRaggedThreads);                                    \
   if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.stages == STAGES) \
     return has_zeros ? RaggedKernelForParts<T, N, M, BLOCKS, STAGES, true>(parts) \
                      : RaggedKernelForParts<T, N, M, BLOCKS, STAGES, false>(parts);
