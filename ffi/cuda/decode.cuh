@@ -320,6 +320,22 @@ struct StageOffsets {
   uint32_t words, scales, x[kTokenBlocks];
 };
 
+// Those of a warp, the team's `member`. What stands for a token beyond `rows` matters to no other.
+template <int kTileN, int kTileM, int kBlocks, int kTeam>
+__device__ __forceinline__ StageOffsets<kTileM / 8> FindOffsets(int x_rows, int rows, int member,
+                                                                int lane) {
+  constexpr int kRows = kTileN / kTeam;  // of the warp
+  constexpr int kWeightBytes = kBlocks * (kTileN / kBlockN) * kBlockBytes;
+  StageOffsets<kTileM / 8> at = {
+      .words = member * (kRows / kBlockN * kBlockBytes) + 16u * lane,
+      .scales = kWeightBytes + x_rows * XRowBytes(kBlocks) + 2 * (member * kRows + lane / 4u),
+  };
+#pragma unroll
+  for (int j = 0; j < kTileM / 8; ++j)
+    at.x[j] = kWeightBytes + min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
+  return at;
+}
+
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
@@ -425,10 +441,10 @@ __device__ __forceinline__ void Add(float4& a, const float4& b) {
 }
 
 // The sum of `count` quads, `stride` bytes apart in shared memory.
-__device__ __forceinline__ float4 SumQuads(const char* first, int stride, int count) {
-  float4 sum = *reinterpret_cast<const float4*>(first);
+__device__ __forceinline__ float4 SumQuads(uint32_t first, int stride, int count) {
+  float4 sum = LoadShared128(first);
 #pragma unroll 4
-  for (int i = 1; i < count; ++i) Add(sum, *reinterpret_cast<const float4*>(first + i * stride));
+  for (int i = 1; i < count; ++i) Add(sum, LoadShared128(first + i * stride));
   return sum;
 }
 
@@ -503,9 +519,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
   Hold<kHold>(end), Hold<kHold>(step);
 
-  char* const partials = shared + p.received_bytes;
-  char* const ring = partials + team * p.team_bytes;
-  const uint32_t ring_address = SharedAddress(ring);
+  const uint32_t partials = SharedAddress(shared) + p.received_bytes;
+  const uint32_t ring_address = partials + team * p.team_bytes;
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
   StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first,
@@ -542,20 +557,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   }
 #endif
 
-  // What stands for a token that does not exist matters to no other.
-  constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
-  const auto find_offsets = [&](int l) {
-    StageOffsets<kTokenBlocks> at = {
-        .words = member * (kRowBlocks * kBlockBytes) + 16u * l,
-        .scales = kWeightBytes + p.x_rows * XRowBytes(kBlocks) +
-                  2 * (member * kRowBlocks * kBlockN + l / 4u),
-    };
-#pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j)
-      at.x[j] = kWeightBytes + min(8 * j + l % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (l / 8);
-    return at;
-  };
-  StageOffsets<kTokenBlocks> offsets = find_offsets(lane);
+  constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks, kTeam>;
+  StageOffsets<kTokenBlocks> offsets = kFindOffsets(p.x_rows, rows, member, lane);
   Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales);
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j) Hold<kHold>(offsets.x[j]);
@@ -570,7 +573,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
     if constexpr (!kHold && kTileN * kTileM / kTeam > 112 * 16) {  // few registers are left
       int l = lane;
       Hold<true>(l);
-      offsets = find_offsets(l);
+      offsets = kFindOffsets(p.x_rows, rows, member, l);
     }
     MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, offsets, acc);
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
@@ -582,16 +585,15 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
 
   constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
   constexpr int kStride = PartialStride(kTileN);
-  float* const partial =
-      reinterpret_cast<float*>(ring) + member * (kRowBlocks * kBlockN) + lane / 4;
+  const uint32_t partial = ring_address + 4 * (member * (kRowBlocks * kBlockN) + lane / 4);
 #pragma unroll
   for (int r = 0; r < kRowBlocks; ++r) {
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8] =
-            kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i];
+        StoreShared(partial + 4 * ((8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8),
+                    kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i]);
     }
   }
 #if __CUDA_ARCH__ >= 900
@@ -601,7 +603,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
 
   // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of
   // them.
-  const char* terms = partials;
+  uint32_t terms = partials;
   int num_terms = num_teams, term_bytes = p.team_bytes, token_bytes = 4 * kStride;
 #if __CUDA_ARCH__ >= 900
   if (log2_split > 0) {
@@ -613,7 +615,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
                   SumQuads(terms + token * token_bytes + 16 * quad, term_bytes, num_terms));
     }
     MbarrierWait(barrier, 0);  // invariant 6
-    terms = shared + kBarrierBytes;
+    terms = received;
     num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
 #endif

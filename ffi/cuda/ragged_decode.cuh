@@ -268,26 +268,20 @@ template <typename T, int kTileN, int kTokens, int kTileM, int kBlocks, int kSta
           int kParts, typename Stream>
 __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, const RaggedTile& at,
                                             Stream& stream, uint32_t ring, uint32_t& stage,
-                                            int unit, char* partials) {
+                                            int unit, uint32_t partials) {
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTokens / 8;
   const DecodeParams& p = params.decode;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int rows = min(kTokens, at.end - at.m0);
-  // What stands for a token that does not exist matters to no other.
-  uint32_t x_offset[kTokenBlocks];
-#pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j)
-    x_offset[j] = kBlocks * kTileBlocks * kBlockBytes +
-                  min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
-
+  const StageOffsets<kTokenBlocks> offsets =
+      FindOffsets<kTileN, kTokens, kBlocks, 1>(p.x_rows, rows, 0, lane);
   float acc[kTileBlocks][kTokenBlocks][4] = {};
   const uint32_t ring_end = ring + kStages * p.stage_bytes;
 #pragma unroll 1
   for (; unit < p.units; unit += warps) {
     CopyAsyncWait<kStages - 1>();
     __syncwarp();
-    MultiplyStage<T, kTileN, kTokens, kBlocks, 1, kZeros, kParts>(stage, 0, p.x_rows, x_offset,
-                                                                  lane, acc);
+    MultiplyStage<T, kTileN, kTokens, kBlocks, 1, kZeros, kParts>(stage, offsets, acc);
     __syncwarp();
     stream.Load(stage);
     stage = stage + p.stage_bytes == ring_end ? ring : stage + p.stage_bytes;
@@ -295,8 +289,7 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
 
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTokens, kZeros);
   constexpr int kStride = PartialStride(kTileN);
-  float* const partial =
-      reinterpret_cast<float*>(partials + warp * params.partial_bytes) + lane / 4;
+  const uint32_t partial = partials + warp * params.partial_bytes + 4 * (lane / 4);
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kTileBlocks; ++r) {
@@ -304,8 +297,8 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
     for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        partial[(8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8] =
-            kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i];
+        StoreShared(partial + 4 * ((8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8),
+                    kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i]);
     }
   }
   __syncthreads();
@@ -327,11 +320,10 @@ __device__ __forceinline__ int TilesN(const DecodeParams& p, int width) {
 // All tiles of the CTA, kTileN wide.
 template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
 __device__ __forceinline__ void RunTiles(const RaggedDecodeParams& params, const ExpertEnd* table,
-                                         uint32_t tiles_m, char* partials) {
+                                         uint32_t tiles_m, uint32_t partials) {
   const DecodeParams& p = params.decode;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const uint32_t ring =
-      SharedAddress(partials) + warps * params.partial_bytes + warp * (kStages * p.stage_bytes);
+  const uint32_t ring = partials + warps * params.partial_bytes + warp * (kStages * p.stage_bytes);
   const int tiles_n = TilesN(p, kTileN);
   const uint32_t tiles = tiles_m * tiles_n;
   DecodeParams source = p;
@@ -385,12 +377,14 @@ __global__ void __launch_bounds__(kRaggedThreads, 1)
            ((width / kBlockN + kRowCost) * p.units * kBlocks + kTileCost);
   };
   constexpr int kNarrow = NarrowTile(kTileN, 1), kNarrower = NarrowTile(kTileN, 2);
-  const uint32_t costs[] = {cost(kTileN), cost(kNarrow), cost(kNarrower)};
-  char* const partials = shared + params.table_bytes;
+  // The kernel of the most parts has no registers for the widest.
+  constexpr int kWidest = kParts > 2 && kTileM > 8 ? kNarrow : kTileN;
+  const uint32_t costs[] = {cost(kWidest), cost(kNarrow), cost(kNarrower)};
+  const uint32_t partials = SharedAddress(shared) + params.table_bytes;
 #define W4A16_RUN(WIDTH) \
   RunTiles<T, WIDTH, kTileM, kBlocks, kStages, kZeros, kParts>(params, table, all.tiles, partials)
   if (costs[0] <= min(costs[1], costs[2])) {
-    W4A16_RUN(kTileN);
+    W4A16_RUN(kWidest);
   } else if (costs[1] <= costs[2]) {
     W4A16_RUN(kNarrow);
   } else {
