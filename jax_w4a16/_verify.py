@@ -6,9 +6,12 @@ dense    normal numbers, against float64: at most twice as wrong as a weight deq
 pack, dequantize, quantize    bit for bit
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import inspect
+import itertools
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -247,7 +250,7 @@ def _one_hot(case: Case, dot: Dot) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _grid_expected(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """x and the result."""
     weight = _weight(case, "grid")
@@ -261,7 +264,7 @@ def _grid(case: Case, dot: Dot) -> str | None:
     return _difference(dot(x, _weight(case, "grid")), want)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _dense_expected(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x, the result, and how far off an element may be."""
     weight = _weight(case, "dense")
@@ -421,6 +424,24 @@ class _Count:
     failed: int = 0
 
 
+def _workers() -> concurrent.futures.Executor:
+    return concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+
+
+def _errors(pair: tuple[Case, Kernel]) -> list[tuple[str, str | None]] | None:
+    """Of every check its name and what is wrong, if anything; None where the kernel refuses the case."""
+    case, kernel = pair
+    if refusal(kernel, case.problem()) is not None:
+        return None
+    errors = []
+    for name, check in _checks(kernel, case):
+        try:
+            errors.append((name, check()))
+        except jax.errors.JaxRuntimeError as raised:
+            errors.append((name, str(raised).splitlines()[0]))
+    return errors
+
+
 def main(kernel: str = "", case: str = "") -> int:
     """Runs the self-test of the kernels and cases whose names contain `kernel` and `case`; prints its result.
 
@@ -431,29 +452,26 @@ def main(kernel: str = "", case: str = "") -> int:
     some_cases = [one for one in cases() if case in one.name]
     counts = {one.name: _Count() for one in some_kernels}
     failures = 0
-    with Progress(len(some_kernels) * len(some_cases)) as progress:
-        for one_case in some_cases:
-            for one in some_kernels:
-                progress.step(f"{one.name} {one_case.name}")
-                count = counts[one.name]
-                if refusal(one, one_case.problem()) is not None:
-                    count.refused += 1
+    # Nearly all of the time goes into compiling a program for each kernel and case: several abreast.
+    with Progress(len(some_kernels) * len(some_cases)) as progress, _workers() as workers:
+        pairs = list(itertools.product(some_cases, some_kernels))
+        for (one_case, one), errors in zip(pairs, workers.map(_errors, pairs), strict=True):
+            progress.step(f"{one.name} {one_case.name}")
+            count = counts[one.name]
+            if errors is None:
+                count.refused += 1
+                continue
+            count.problems += 1
+            for check, error in errors:
+                count.checks += 1
+                if error is None:
                     continue
-                count.problems += 1
-                for check, run in _checks(one, one_case):
-                    try:
-                        error = run()
-                    except jax.errors.JaxRuntimeError as raised:
-                        error = str(raised).splitlines()[0]
-                    count.checks += 1
-                    if error is None:
-                        continue
-                    count.failed += 1
-                    failures += 1
-                    if failures <= MOST_FAILURES_SHOWN:
-                        progress.clear()
-                        print(f"FAILED {check}: {error}")
-                        print(f"  python -m jax_w4a16 verify --kernel '{one.name}' --case {one_case.name}")
+                count.failed += 1
+                failures += 1
+                if failures <= MOST_FAILURES_SHOWN:
+                    progress.clear()
+                    print(f"FAILED {check}: {error}")
+                    print(f"  python -m jax_w4a16 verify --kernel '{one.name}' --case {one_case.name}")
 
     width = max([len(name) for name in counts] + [6])
     print(f"{'kernel':{width}} {'problems':>9} {'refused':>8} {'checks':>7} {'failed':>7}")
