@@ -601,7 +601,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
 #endif
   __syncthreads();  // invariant 4
 #if defined(W4A16_RACECHECK)
-  __syncthreads();  // racecheck takes no notice of the one above where teams had barriers of their own
+  __syncthreads();  // racecheck takes no notice of the one above where teams had barriers of their
+                    // own
 #endif
 
   // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of
