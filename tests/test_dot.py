@@ -1,6 +1,8 @@
 """The oracles over every implementation: where codes land, exact sums, error against float64, relations."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import shapes
+from conftest import device_of
 
 import jax_w4a16
 
@@ -193,6 +196,24 @@ def test_same_call_same_bits(kernel):
 
 
 # The call itself -------------------------------------------------------------------------------------------
+
+
+def test_threads_share_kernels(kernel):
+    """Programs of several sizes that run at once, from threads of one process, with the same kernels."""
+    device = device_of(kernel)
+    cases = [oracle.Case(m, 256, 512, 64, "float16", "float16", "integer", seed=m) for m in range(1, 17)]
+
+    def call(case):
+        with jax.default_device(device):  # a thread's own setting
+            ops = oracle.operands(case)
+            arrays = [jnp.asarray(a) for a in (ops.x, ops.qweight, ops.scales, ops.zeros)]
+            dot = jax.jit(functools.partial(jax_w4a16.dot, group_size=64, implementation=kernel))
+            first, *later = [np.asarray(dot(*arrays)) for _ in range(50)]
+            oracle.check_close(case, ops, first)
+            assert all(np.array_equal(first, out) for out in later)
+
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as threads:
+        list(threads.map(call, cases))
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (1, 0, 4)])

@@ -45,17 +45,21 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
   };
 }
 
-// Attributes belong to the current device, so they are set at every call.
-Status SetSharedMemory(const Config& config, const void* function, int bytes) {
+// Lets the kernel have all the shared memory that a CTA can have, whatever this call needs of it:
+// an attribute belongs to the kernel on the current device, and another thread may be between
+// setting it and launching. Set at every call, because devices differ.
+Status RaiseSharedMemoryLimit(const Config& config, const void* function) {
   if (function == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
-  if (Status s = ToStatus(
-          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-          config.name);
-      !s.ok())
-    return s;
-  return ToStatus(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                       cudaSharedmemCarveoutMaxShared),
-                  config.name);
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  return ToStatus(error, config.name);
 }
 
 // `params` is the kernel's one parameter.
@@ -88,7 +92,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cuda
                                std::to_string(ctas) + " CTAs, more than a grid holds");
   const int shared_bytes = SharedMemoryOfDecode(p, config).total_bytes;
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (Status s = SetSharedMemory(config, function, shared_bytes); !s.ok()) return s;
+  if (Status s = RaiseSharedMemoryLimit(config, function); !s.ok()) return s;
   return LaunchDecode(config, function, &params, ctas, config.split_k, shared_bytes, stream);
 }
 
@@ -107,7 +111,7 @@ Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, co
     return Status::Unsupported(std::string(config.name) + ": too many tiles");
   const int total_bytes = static_cast<int>(shared.total_bytes);
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (Status s = SetSharedMemory(config, function, total_bytes); !s.ok()) return s;
+  if (Status s = RaiseSharedMemoryLimit(config, function); !s.ok()) return s;
   int ctas_per_sm = 0;
   if (Status s = ToStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
                               &ctas_per_sm, function, 32 * config.warps, total_bytes),
