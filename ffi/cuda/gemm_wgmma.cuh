@@ -204,10 +204,14 @@ struct WgmmaShape {
   static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
   static constexpr bool kReallocate = LaunchRegisters(kFolds ? kCtasPerSm : 1) < kRegisters;
   static constexpr int kConsumerRegisters = ConsumerRegisters(kFolds ? kCtasPerSm : 1);
-  // One warp starts copies of one kind faster than of all three, if registers allow.
-  static constexpr int kProducers = kReallocate || Fits(kCtasPerSm, 3) ? 3
-                                    : Fits(kCtasPerSm, 2)              ? 2
-                                                                       : 1;
+  // One warp starts copies of one kind faster than of all three. It pays (1 to 4%) where stages are
+  // taken quickly: by teams, or of one block of not too many tokens.
+  static constexpr bool kManyProducers =
+      kTeams > 1 || (kBlocks == 1 && kTileM <= 128 && !kReallocate);
+  static constexpr int kProducers = !kManyProducers                      ? 1
+                                    : kReallocate || Fits(kCtasPerSm, 3) ? 3
+                                    : Fits(kCtasPerSm, 2)                ? 2
+                                                                         : 1;
   static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32 * kProducers);
 };
 
@@ -311,9 +315,9 @@ struct Consumer {
   uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
   int scale_shift;
-  bool releases;    // arrives at empty[]
-  int first_block;  // of the part of K: the start of the team's first stage
-  int slot, previous = 0;
+  bool releases;   // arrives at empty[]
+  int first_slot;  // the team's
+  int slot = first_slot, previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
   static constexpr int kBuffers = 2;  // of RunFolded
@@ -395,7 +399,7 @@ struct Consumer {
   __device__ inline void RunFolded(int blocks) {
     float sums[Shape::kTileM / 2];
     ptx::Undefined(sums);
-    int i = first_block;
+    int i = first_slot * Shape::kBlocks;
     for (; i + 2 <= blocks; i += 2 * Shape::kTeams) {
       Acquire();
       Factors f = LoadFactors(0);
@@ -447,8 +451,9 @@ struct Consumer {
 
   __device__ inline void Advance() {
     previous = slot;
-    if ((slot += Shape::kTeams) >= Shape::kStages) {
-      slot -= Shape::kStages;
+    slot += Shape::kTeams;
+    if (slot == Shape::kStages + first_slot) {
+      slot = first_slot;
       parity ^= 1;
     }
   }
@@ -460,16 +465,16 @@ struct Consumer {
   __device__ inline void Run(int blocks) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) a[step][0] = a[step][1] = a[step][2] = a[step][3] = 0;
-    int i = first_block;
+    int i = first_slot * Shape::kBlocks;
     for (; i + Shape::kBlocks <= blocks; i += Shape::kTeams * Shape::kBlocks) {
       Acquire();
-      Step<kFineGroups, 0>(i > first_block);
+      Step<kFineGroups, 0>(i >= Shape::kTeams * Shape::kBlocks);
       if constexpr (Shape::kBlocks == 2) Step<kFineGroups, 1>(false);
       Advance();
     }
     if (i < blocks) {
       Acquire();
-      Step<kFineGroups, 0>(i > first_block);
+      Step<kFineGroups, 0>(i >= Shape::kTeams * Shape::kBlocks);
     }
     ptx::WgmmaWait<0>();
 #pragma unroll
@@ -518,8 +523,8 @@ template <typename T, typename Shape>
 __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
                                   uint32_t shared, int rank, int n0, int m0) {
   constexpr int kSplitK = Shape::kSplitK;
-  const int thread = threadIdx.x % Shape::kTeamThreads, lane = thread % 32;
   const int team = Shape::kTeams == 1 ? 0 : threadIdx.x / Shape::kTeamThreads;
+  const int thread = threadIdx.x - team * Shape::kTeamThreads, lane = thread % 32;
   const int n = n0 + thread / 32 * 16;
   float bias[2] = {};
   if (p.bias != nullptr) {
@@ -611,11 +616,11 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
           (Shape::kSplitK - 1) * Shape::kTeams * Shape::ChunksOf(rank) * Shape::kChunkBytes);
   }
   if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
-  constexpr int kReaders = Shape::kConsumers + 32 * Shape::kProducers;
+  constexpr int kProducers = Shape::kProducers, kReaders = Shape::kConsumers + 32 * kProducers;
   // The first producer starts at once; the others wait for its barriers.
   if (warp == kProducerWarp)
     ptx::NamedBarrierArrive(1, kReaders);  // S7
-  else if (warp < kProducerWarp + Shape::kProducers)
+  else if (warp < kProducerWarp + (kProducers > 1 ? kProducers : 0))
     ptx::NamedBarrier(1, kReaders);  // S7
 
   int n0, m0;
@@ -635,7 +640,6 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
       ProduceStages<T, Shape, kCodes, kX, kScales>(x_map, p, shared, begin, end, n0, m0,
                                                    scale_shift);
     };
-    constexpr int kProducers = Shape::kProducers;
     if (warp == kProducerWarp)
       produce.template operator()<true, kProducers == 1, kProducers <= 2>();
     else if (kProducers > 1 && warp == kProducerWarp + 1)
@@ -648,15 +652,15 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
     }
   } else {
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
-    const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps, block_row = warp % kTeamWarps;
+    const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
+    const int block_row = warp - team * kTeamWarps;
     Consumer<T, Shape> consumer{
         .shared = shared,
         .codes = shared + Shape::kCodeOffset + block_row * kBlockBytes + lane * 16,
         .scales = shared + Shape::kScaleOffset + (16 * block_row + lane / 4) * 2,
         .scale_shift = scale_shift,
         .releases = lane < Shape::kReleasingLanes,
-        .first_block = team * Shape::kBlocks,
-        .slot = team,
+        .first_slot = team,
     };
     const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
     if constexpr (Shape::kFolds) {
