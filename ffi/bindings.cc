@@ -80,6 +80,7 @@ nb::list Configs() {
     entry["team"] = c.team;
     entry["stages"] = c.stages;
     entry["split_k"] = c.split_k;
+    entry["teams"] = c.teams;
     entry["cluster_n"] = c.cluster_n;
     entry["cluster_m"] = c.cluster_m;
     entry["ragged"] = c.ragged;

@@ -22,13 +22,15 @@ constexpr Config kConfigs[] = {
    .stages = STAGES,                                                                         \
    .split_k = SPLIT,                                                                         \
    W4A16_COSTS(__VA_ARGS__)},
-#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)           \
-  {.name = "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kWgmma,                            \
-   .tile_n = N,                                         \
-   .tile_m = M,                                         \
-   .stages = STAGES,                                    \
-   .split_k = SPLIT,                                    \
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, TEAMS, ...)                           \
+  {.name = TEAMS > 1 ? "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT "_t" #TEAMS \
+                     : "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT,            \
+   .family = Family::kWgmma,                                                   \
+   .tile_n = N,                                                                \
+   .tile_m = M,                                                                \
+   .stages = STAGES,                                                           \
+   .split_k = SPLIT,                                                           \
+   .teams = TEAMS,                                                             \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_PERSISTENT(N, M, STAGES, CLUSTER, ...)           \
   {.name = "persistent_" #N "x" #M "_s" #STAGES "_c" #CLUSTER, \
@@ -145,7 +147,7 @@ bool IsInvariantDecode(const Config& config) {
 // the configuration, so there is only one.
 bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& config) {
   if (HopperRefusal(p, compute_capability) == nullptr)
-    return (config.family == Family::kWgmma && config.split_k == 1) ||
+    return (config.family == Family::kWgmma && config.split_k == 1 && config.teams == 1) ||
            config.family == Family::kPersistent;
   return IsInvariantDecode(config);
 }

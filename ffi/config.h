@@ -31,6 +31,7 @@ struct Config {
   int team = 1;       // a team's warps share its N
   int stages = 0;     // depth of the pipeline (0: chosen by CUTLASS)
   int split_k = 1;    // CTAs (a cluster) that share a tile's K, summed in fixed order
+  int teams = 1;      // wgmma: of warps of a CTA, which take its stages in turn
   int cluster_n = 1;  // CTAs along N and M that share loads by multicast
   int cluster_m = 1;
   bool ragged = false;  // finds its rows and weights by expert

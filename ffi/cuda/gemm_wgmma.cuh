@@ -12,7 +12,9 @@
 //         ...   |         ...             |    a packed block are its A fragments of the block's
 //               +-------------------------+    four k16 steps (layout.h).
 //
-//   One further warp is the producer: one of its lanes starts every copy.
+//   There are kTeams teams of such warpgroups, which take the stages in turn.
+//   Up to three further warps are producers: one lane of each starts the copies of codes, of x, or
+//   of scales and zeros.
 //
 //   A stage holds kBlocks packed blocks along K (64 codes each) of the tile:
 //     x       kBlocks tiles of kTileM rows x 128 bytes, swizzled     tensor copies, zero-filled
@@ -25,8 +27,9 @@
 //   runs through all of K.
 //
 //   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
-//   tile's tokens each, out of the float32 sums that they send one another, added in rank order.
-//   Every element is summed and written by one thread, so its bits do not depend on timing.
+//   tile's tokens each, out of the float32 sums that they send one another, added in the order of
+//   ranks and their teams. Every element is summed and written by one thread, so its bits do not
+//   depend on timing.
 //
 // Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
 // A has been read, that is, until the wgmma before it is done. So each k16 step is dequantised
@@ -39,6 +42,11 @@
 // x through L2 bounds tiles of 64 rows: with copies alone, all SMs together draw 13 TB/s while they
 // ask for the same x at the same time, but 9 where each starts elsewhere in K, and the kernel takes
 // about as long as the latter. 128 CTAs in clusters of four, one to an SM, take two waves.
+// Copies alone of 64 x 64 tiles, one CTA an SM: 265 ns a stage where one warp starts them all, 155
+// where three do. One warpgroup alone takes 270 cycles for a 64 x 64 block, two teams 220 for one.
+// x shared by multicast along N (clusters of two): copies alone take up to 1.5 times as long, since
+// an SM takes in as much as before (67 bytes a cycle at best without, 47 with), and a stage waits
+// for two CTAs; the kernel is slower for every tile, by 2 to 60%.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -47,21 +55,25 @@
 //   number of tiles * kSplitK fits a grid                        RunWgmma
 //
 // Synchronisation
-//   S1  full[s]: completes when the bytes that the producer announced for stage s have landed.
-//   S2  empty[s]: completes when every consumer warp has arrived. One lane arrives for its warp,
-//       after the wait that retires the warp's wgmmas on the stage; what the warp itself read from
-//       the stage is in their operands. compute-sanitizer's racecheck does not follow this from
-//       lane to lane: built with W4A16_RACECHECK, every lane arrives for itself.
+//   S1  full[s]: completes when the bytes that the producers announced for stage s have landed.
+//   S2  empty[s]: completes when every warp of the stage's team has arrived. One lane arrives for
+//       its warp, after the wait that retires the warp's wgmmas on the stage; what the warp itself
+//       read from the stage is in their operands. A stage is always the same team's: another could
+//       take the barrier's phase before the last for the one that it waits for.
+//       compute-sanitizer's racecheck does not follow this from lane to lane: built with
+//       W4A16_RACECHECK, every lane arrives for itself.
 //   S3  A registers: a ring of buffers, one a k16 step. One is rewritten only after a wait that
 //       leaves in flight no more than the wgmmas that read the others.
 //   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
-//       consumers of the CTA have passed their last read (named barrier 2).
+//       consumers of the CTA have passed their last read (named barrier 2). It reads the sums of
+//       its own thread, or, where there are teams, of theirs once all have passed that barrier
+//       again.
 //   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
 //       initialised its barriers. Inboxes overlay nothing.
 //   S6  received: completes when the sums of all other ranks have landed in the inbox (st.async
 //       counts its bytes there). Each CTA waits for it, so none exits while others write to it.
-//   S7  Consumers pass named barrier 1 first: the producer's warp arrives there when it has
-//       initialised the mbarriers.
+//   S7  Consumers and the other producers pass named barrier 1 first: the first producer's warp
+//       arrives there when it has initialised the mbarriers.
 #pragma once
 
 #include <climits>
@@ -107,14 +119,18 @@ struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_>
+template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_,
+          int kTeams_>
 struct WgmmaShape {
   static constexpr bool kHasZeros = kHasZeros_;
   static constexpr bool kFolds = kFolds_;  // scales sums, not weights (Consumer)
-  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_, kSplitK = kSplitK_;
-  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0 && kStages >= 2);
+  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_;
+  static constexpr int kSplitK = kSplitK_, kTeams = kTeams_;
+  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0);
+  static_assert(kStages % kTeams == 0 && kStages >= 2 * kTeams);  // S2
 
-  static constexpr int kConsumers = 2 * kTileN;  // a warpgroup for every 64 rows
+  static constexpr int kTeamThreads = 2 * kTileN;  // a warpgroup for every 64 rows
+  static constexpr int kConsumers = kTeams * kTeamThreads;
 
   // Of a consumer thread: accumulators, A, addresses.
   static constexpr int kRegisters = kFolds ? kTileM + 40 : kTileM / 2 + 64;
@@ -154,14 +170,15 @@ struct WgmmaShape {
   // summed of it stays in place of the stages; the other ranks' sums come to its inbox.
   static constexpr int kChunks = kTileM / 8;
   static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
-  static constexpr int kChunkBytes = kConsumers * 16;  // four sums a thread
+  static constexpr int kChunkBytes = kTeamThreads * 16;  // four sums a thread
   static constexpr int kSliceBytes = kSliceChunks * kChunkBytes;
-  static constexpr int kInboxOffset = kPipelineBytes > kSliceBytes ? kPipelineBytes : kSliceBytes;
+  static constexpr int kRankBytes = kTeams * kSliceBytes;  // a rank's sums of one slice
+  static constexpr int kInboxOffset = kPipelineBytes > kRankBytes ? kPipelineBytes : kRankBytes;
   __device__ static int ChunksOf(int rank) {
     return max(0, min(kSliceChunks, kChunks - rank * kSliceChunks));
   }
 
-  static constexpr int kBarrierOffset = kInboxOffset + (kSplitK - 1) * kSliceBytes;
+  static constexpr int kBarrierOffset = kInboxOffset + (kSplitK - 1) * kRankBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 1) * 8;
 
   __device__ static uint32_t Full(uint32_t shared, int slot) {
@@ -174,28 +191,37 @@ struct WgmmaShape {
 
   static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
   // Several CTAs of small tiles hide each other's start and end.
-  static constexpr bool Fits(int ctas) {
-    const int warps_per_quarter = (ctas * (kConsumers / 32 + 1) + 3) / 4;
+  static constexpr bool Fits(int ctas, int producers) {
+    const int warps_per_quarter = (ctas * (kConsumers / 32 + producers) + 3) / 4;
     return ctas * (kSharedBytes + kReserved) <= kSharedPerSm + kReserved &&
            (ctas == 1 || (kFolds ? LaunchRegisters(ctas) >= kProducerRegisters &&
                                        ConsumerRegisters(ctas) >= kRegisters
                                  : warps_per_quarter * 32 * kRegisters <= 65536 / 4));
   }
   static constexpr int MostCtas(int ctas) {
-    return ctas == 0 || Fits(ctas) ? ctas : MostCtas(ctas - 1);
+    return ctas == 0 || Fits(ctas, 1) ? ctas : MostCtas(ctas - 1);
   }
   static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
   static constexpr bool kReallocate = LaunchRegisters(kFolds ? kCtasPerSm : 1) < kRegisters;
   static constexpr int kConsumerRegisters = ConsumerRegisters(kFolds ? kCtasPerSm : 1);
-  static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32);
+  // One warp starts copies of one kind faster than of all three. It pays (1 to 4%) where stages are
+  // taken quickly: by teams, or of one block of not too many tokens.
+  static constexpr bool kManyProducers =
+      kTeams > 1 || (kBlocks == 1 && kTileM <= 128 && !kReallocate);
+  static constexpr int kProducers = !kManyProducers                      ? 1
+                                    : kReallocate || Fits(kCtasPerSm, 3) ? 3
+                                    : Fits(kCtasPerSm, 2)                ? 2
+                                                                         : 1;
+  static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32 * kProducers);
 };
 
-// The shape of a line of configs.inc. With zeros it has a stage less if that keeps as many CTAs on
-// an SM as there are without.
-template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kStages, int kSplitK>
+// The shape of a line of configs.inc. With zeros each team has a stage less if that keeps as many
+// CTAs on an SM as there are without.
+template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kStages, int kSplitK, int kTeams>
 struct ShapeOfLine {
   template <bool kZeros, int kLess>
-  using Candidate = WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess, kSplitK>;
+  using Candidate =
+      WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess * kTeams, kSplitK, kTeams>;
   static constexpr int kCtas = Candidate<false, 0>::kCtasPerSm;
   static constexpr int kLess =
       Candidate<kHasZeros, 0>::kCtasPerSm < kCtas && Candidate<kHasZeros, 1>::kCtasPerSm == kCtas;
@@ -204,9 +230,9 @@ struct ShapeOfLine {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Starts every copy of the CTA's part of K: chunks [begin, end) of kBlocks blocks. Runs in one
-// converged warp.
-template <typename T, typename Shape>
+// Starts the copies of codes, of x, or of scales and zeros of the CTA's part of K: chunks [begin,
+// end) of kBlocks blocks. Runs in one converged warp.
+template <typename T, typename Shape, bool kCodes, bool kX, bool kScales>
 __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
                                      uint32_t shared, int begin, int end, int n0, int m0,
                                      int scale_shift) {
@@ -240,21 +266,22 @@ __device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams
     ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
     const bool elected = ptx::ElectOne();
     if (elected)
-      ptx::MbarrierArriveExpectTx(full, blocks * (Shape::kXBytes + code_bytes) +
-                                            rows * row_bytes * (Shape::kHasZeros ? 2 : 1));
+      ptx::MbarrierArriveExpectTx(
+          full, blocks * ((kX ? Shape::kXBytes : 0) + (kCodes ? code_bytes : 0)) +
+                    (kScales ? rows * row_bytes * (Shape::kHasZeros ? 2 : 1) : 0));
 #pragma unroll
     for (int b = 0; b < Shape::kBlocks; ++b) {
       if (b >= blocks) break;
       const int place = slot * Shape::kBlocks + b;
-      if (elected) {
+      if (kCodes && elected)
         ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
                       full, weight_policy);
+      if (kX && elected)
         ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
                           (chunk * Shape::kBlocks + b) * kBlockK, m0, full, keep);
-      }
       codes += code_stride;
     }
-    for (int row = 0; row < rows; ++row) {
+    for (int row = 0; kScales && row < rows; ++row) {
       // Codes beyond K meet zeros of x; they take the last group's scale.
       if (row_k >= next_group_k && group + 1 < p.groups) {
         ++group;
@@ -288,8 +315,9 @@ struct Consumer {
   uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
   uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
   int scale_shift;
-  bool releases;  // arrives at empty[]
-  int slot = 0, previous = 0;
+  bool releases;   // arrives at empty[]
+  int first_slot;  // the team's
+  int slot = first_slot, previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
   static constexpr int kBuffers = 2;  // of RunFolded
@@ -371,8 +399,8 @@ struct Consumer {
   __device__ inline void RunFolded(int blocks) {
     float sums[Shape::kTileM / 2];
     ptx::Undefined(sums);
-    int i = 0;
-    for (; i + 2 <= blocks; i += 2) {
+    int i = first_slot * Shape::kBlocks;
+    for (; i + 2 <= blocks; i += 2 * Shape::kTeams) {
       Acquire();
       Factors f = LoadFactors(0);
       Multiply<0>(sums, f, false);
@@ -423,29 +451,30 @@ struct Consumer {
 
   __device__ inline void Advance() {
     previous = slot;
-    if (++slot == Shape::kStages) {
-      slot = 0;
+    slot += Shape::kTeams;
+    if (slot == Shape::kStages + first_slot) {
+      slot = first_slot;
       parity ^= 1;
     }
   }
 
-  // `blocks` blocks, from the start of a stage. kFineGroups: groups may change in the middle of a
-  // block, which only sizes that are odd multiples of 32 do. The last stage is not released: nobody
-  // waits for it.
+  // The team's stages of `blocks` blocks. kFineGroups: groups may change in the middle of a
+  // block, which only sizes that are odd multiples of 32 do. A team's last stage is not released:
+  // nobody waits for it.
   template <bool kFineGroups>
   __device__ inline void Run(int blocks) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) a[step][0] = a[step][1] = a[step][2] = a[step][3] = 0;
-    int i = 0;
-    for (; i + Shape::kBlocks <= blocks; i += Shape::kBlocks) {
+    int i = first_slot * Shape::kBlocks;
+    for (; i + Shape::kBlocks <= blocks; i += Shape::kTeams * Shape::kBlocks) {
       Acquire();
-      Step<kFineGroups, 0>(i > 0);
+      Step<kFineGroups, 0>(i >= Shape::kTeams * Shape::kBlocks);
       if constexpr (Shape::kBlocks == 2) Step<kFineGroups, 1>(false);
       Advance();
     }
     if (i < blocks) {
       Acquire();
-      Step<kFineGroups, 0>(i > 0);
+      Step<kFineGroups, 0>(i >= Shape::kTeams * Shape::kBlocks);
     }
     ptx::WgmmaWait<0>();
 #pragma unroll
@@ -494,7 +523,8 @@ template <typename T, typename Shape>
 __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
                                   uint32_t shared, int rank, int n0, int m0) {
   constexpr int kSplitK = Shape::kSplitK;
-  const int thread = threadIdx.x, lane = thread % 32;
+  const int team = Shape::kTeams == 1 ? 0 : threadIdx.x / Shape::kTeamThreads;
+  const int thread = threadIdx.x - team * Shape::kTeamThreads, lane = thread % 32;
   const int n = n0 + thread / 32 * 16;
   float bias[2] = {};
   if (p.bias != nullptr) {
@@ -511,23 +541,27 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
     const int place = chunk % Shape::kSliceChunks * Shape::kChunkBytes;
     const float* v = &acc[4 * chunk];
     if (owner == rank) {
-      ptx::StoreShared(own + place, v[0], v[1], v[2], v[3]);
+      ptx::StoreShared(own + team * Shape::kSliceBytes + place, v[0], v[1], v[2], v[3]);
     } else {
-      const uint32_t to = inbox + (rank - (rank > owner)) * Shape::kSliceBytes + place;
+      const uint32_t to =
+          inbox + (rank - (rank > owner)) * Shape::kRankBytes + team * Shape::kSliceBytes + place;
       ptx::StoreAsync(ptx::MapShared(to, owner), ptx::MapShared(Shape::Received(shared), owner),
                       v[0], v[1], v[2], v[3]);
     }
   }
+  if constexpr (Shape::kTeams > 1) ptx::NamedBarrier(2, Shape::kConsumers);  // S4
   const int chunks = Shape::ChunksOf(rank);
   if (kSplitK > 1 && chunks > 0) ptx::MbarrierWaitCluster(Shape::Received(shared), 0);  // S6
 #pragma unroll(Shape::kTileM >= 128 ? 4 : 2)
-  for (int i = 0; i < chunks; ++i) {
+  for (int i = team; i < chunks; i += Shape::kTeams) {
     float v[4];
 #pragma unroll
-    for (int source = 0; source < kSplitK; ++source) {
+    for (int source = 0; source < kSplitK * Shape::kTeams; ++source) {
+      const int from_rank = source / Shape::kTeams, from_team = source % Shape::kTeams;
       const uint32_t from =
-          source == rank ? own : inbox + (source - (source > rank)) * Shape::kSliceBytes;
-      const uint4 bits = ptx::LoadShared128(from + i * Shape::kChunkBytes);
+          from_rank == rank ? own : inbox + (from_rank - (from_rank > rank)) * Shape::kRankBytes;
+      const uint4 bits =
+          ptx::LoadShared128(from + from_team * Shape::kSliceBytes + i * Shape::kChunkBytes);
       const float4 w = reinterpret_cast<const float4&>(bits);
       v[0] = source == 0 ? w.x : v[0] + w.x;
       v[1] = source == 0 ? w.y : v[1] + w.y;
@@ -563,14 +597,14 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
   // The shuffle tells the compiler that a warp's threads agree on their role.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int rank = blockIdx.x % Shape::kSplitK;
-  constexpr int kProducerWarp = Shape::kConsumers / 32;
+  constexpr int kProducerWarp = Shape::kConsumers / 32, kTeamWarps = Shape::kTeamThreads / 32;
   if (warp == kProducerWarp) {
     const bool elected = ptx::ElectOne();
     if (elected) {
       ptx::PrefetchTensorMap(&x_map);
       for (int i = 0; i < Shape::kStages; ++i) {
-        ptx::MbarrierInit(Shape::Full(shared, i), 1);
-        ptx::MbarrierInit(Shape::Empty(shared, i), kProducerWarp * Shape::kReleasingLanes);
+        ptx::MbarrierInit(Shape::Full(shared, i), Shape::kProducers);
+        ptx::MbarrierInit(Shape::Empty(shared, i), kTeamWarps * Shape::kReleasingLanes);
       }
       ptx::MbarrierInit(Shape::Received(shared), 1);
       ptx::FenceMbarrierInit();
@@ -579,14 +613,15 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
     if (elected && Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
       ptx::MbarrierArriveExpectTx(
           Shape::Received(shared),
-          (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
+          (Shape::kSplitK - 1) * Shape::kTeams * Shape::ChunksOf(rank) * Shape::kChunkBytes);
   }
   if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
-  // The producer starts at once; the others wait for its barriers.
+  constexpr int kProducers = Shape::kProducers, kReaders = Shape::kConsumers + 32 * kProducers;
+  // The first producer starts at once; the others wait for its barriers.
   if (warp == kProducerWarp)
-    ptx::NamedBarrierArrive(1, Shape::kConsumers + 32);  // S7
-  else if (warp < kProducerWarp)
-    ptx::NamedBarrier(1, Shape::kConsumers + 32);  // S7
+    ptx::NamedBarrierArrive(1, kReaders);  // S7
+  else if (warp < kProducerWarp + (kProducers > 1 ? kProducers : 0))
+    ptx::NamedBarrier(1, kReaders);  // S7
 
   int n0, m0;
   find(&n0, &m0);
@@ -601,20 +636,31 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
 
   if (warp >= kProducerWarp) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
+    const auto produce = [&]<bool kCodes, bool kX, bool kScales>() {
+      ProduceStages<T, Shape, kCodes, kX, kScales>(x_map, p, shared, begin, end, n0, m0,
+                                                   scale_shift);
+    };
     if (warp == kProducerWarp)
-      ProduceStages<T, Shape>(x_map, p, shared, begin, end, n0, m0, scale_shift);
+      produce.template operator()<true, kProducers == 1, kProducers <= 2>();
+    else if (kProducers > 1 && warp == kProducerWarp + 1)
+      produce.template operator()<false, true, false>();
+    else if (kProducers > 2 && warp == kProducerWarp + 2)
+      produce.template operator()<false, false, true>();
     if constexpr (Shape::kSplitK > 1) {
       __syncwarp();
       ptx::ClusterWait();  // S5
     }
   } else {
     if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
+    const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
+    const int block_row = warp - team * kTeamWarps;
     Consumer<T, Shape> consumer{
         .shared = shared,
-        .codes = shared + Shape::kCodeOffset + warp * kBlockBytes + lane * 16,
-        .scales = shared + Shape::kScaleOffset + (16 * warp + lane / 4) * 2,
+        .codes = shared + Shape::kCodeOffset + block_row * kBlockBytes + lane * 16,
+        .scales = shared + Shape::kScaleOffset + (16 * block_row + lane / 4) * 2,
         .scale_shift = scale_shift,
         .releases = lane < Shape::kReleasingLanes,
+        .first_slot = team,
     };
     const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
     if constexpr (Shape::kFolds) {
@@ -655,13 +701,13 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_DECODE(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
-#define W4A16_WGMMA(N, M, STAGES, SPLIT, ...)                                           \
-  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                    \
-    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&          \
-        config.split_k == SPLIT) {                                                      \
-      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT>::Type; \
-      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};               \
-    }                                                                                   \
+#define W4A16_WGMMA(N, M, STAGES, SPLIT, TEAMS, ...)                                           \
+  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                           \
+    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                 \
+        config.split_k == SPLIT && config.teams == TEAMS) {                                    \
+      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, TEAMS>::Type; \
+      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};                      \
+    }                                                                                          \
   }
 #include "configs.inc"
 #undef W4A16_DECODE

@@ -47,13 +47,13 @@ RaggedWgmmaKernel FindRaggedWgmma(const Config& config) {
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(...)
-#define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)                                    \
-  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                    \
-    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&          \
-        config.split_k == SPLIT) {                                                      \
-      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT>::Type; \
-      return {RaggedWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};             \
-    }                                                                                   \
+#define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)                                       \
+  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                       \
+    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&             \
+        config.split_k == SPLIT) {                                                         \
+      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, 1>::Type; \
+      return {RaggedWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};                \
+    }                                                                                      \
   }
 #include "configs.inc"
 #undef W4A16_DECODE
