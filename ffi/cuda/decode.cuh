@@ -74,8 +74,7 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
 // of the most parts.
 __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team, bool general) {
   const int outputs = tile_n * tile_m / team;  // of a warp
-  const bool few = outputs <= (general ? 32 : 64) * 8;
-  return few ? 512 : outputs <= 64 * 16 ? 384 : 256;
+  return outputs <= 64 * 8 && !general ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
 // Has the compiler hold a value in a register instead of deriving it again wherever it is used.
