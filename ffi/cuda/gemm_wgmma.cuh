@@ -99,7 +99,7 @@ struct WgmmaParams {
 };
 
 // Tiles of up to so many tokens are also compiled to scale sums instead of weights.
-constexpr int kMostFoldedTokens = 32;
+constexpr int kMostFoldedTokens = 48;
 
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
