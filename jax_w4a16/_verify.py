@@ -7,6 +7,7 @@ pack, dequantize, quantize    bit for bit
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -424,8 +425,14 @@ class _Count:
     failed: int = 0
 
 
-def _workers() -> concurrent.futures.Executor:
-    return concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+@contextlib.contextmanager
+def _workers() -> Iterator[concurrent.futures.Executor]:
+    """Threads that leave undone, at an interrupt, what they have not begun."""
+    pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _errors(pair: tuple[Case, Kernel]) -> list[tuple[str, str | None]] | None:
