@@ -440,11 +440,16 @@ __device__ __forceinline__ void Add(float4& a, const float4& b) {
   a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
 }
 
+__device__ __forceinline__ float4 LoadQuad(uint32_t address) {
+  const uint4 bits = LoadShared128(address);
+  return reinterpret_cast<const float4&>(bits);
+}
+
 // The sum of `count` quads, `stride` bytes apart in shared memory.
 __device__ __forceinline__ float4 SumQuads(uint32_t first, int stride, int count) {
-  float4 sum = LoadShared128(first);
+  float4 sum = LoadQuad(first);
 #pragma unroll 4
-  for (int i = 1; i < count; ++i) Add(sum, LoadShared128(first + i * stride));
+  for (int i = 1; i < count; ++i) Add(sum, LoadQuad(first + i * stride));
   return sum;
 }
 
@@ -601,8 +606,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
 #endif
   __syncthreads();  // invariant 4
 #if defined(W4A16_RACECHECK)
-  __syncthreads();  // racecheck takes no notice of the one above where teams had barriers of their
-                    // own
+  __syncthreads();  // racecheck does not see the one above where teams had barriers
 #endif
 
   // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of

@@ -44,9 +44,9 @@
 // about as long as the latter. 128 CTAs in clusters of four, one to an SM, take two waves.
 // Copies alone of 64 x 64 tiles, one CTA an SM: 265 ns a stage where one warp starts them all, 155
 // where three do. One warpgroup alone takes 270 cycles for a 64 x 64 block, two teams 220 for one.
-// x shared by multicast along N (clusters of two): copies alone take up to 1.5 times as long, since
-// an SM takes in as much as before (67 bytes a cycle at best without, 47 with), and a stage waits
-// for two CTAs; the kernel is slower for every tile, by 2 to 60%.
+// x shared by multicast along N (clusters of two, one producer): copies alone take up to 1.5 times
+// as long (an SM takes in 67 bytes a cycle at best without, 47 with); of some 30 lines none was the
+// best of any size, and most were 2 to 60% slower than the same tile without.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement

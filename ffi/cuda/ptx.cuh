@@ -92,12 +92,10 @@ __device__ __forceinline__ uint16_t LoadShared16(uint32_t address) {
   return v;
 }
 
-// Addresses of shared memory alone: generic ones name a CTA of the cluster, and compute-sanitizer's
-// racecheck then takes a CTA's own accesses for those of others, which no __syncthreads orders.
-__device__ __forceinline__ float4 LoadShared128(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+__device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
   return v;
