@@ -15,8 +15,9 @@ bool FoldsScales(const Config& config, const Problem& p) {
 }
 
 WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config) {
+  // Tokens beyond M need not be there: whatever is, their sums are not stored.
+  const int x_rows = static_cast<int>(std::min<int64_t>(config.tile_m, CeilDiv(p.m, 8) * 8));
   return {
-      .qweight = o.qweight,
       .scales = o.scales,
       .zeros = o.zeros,
       .bias = o.bias,
@@ -28,9 +29,24 @@ WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config) 
       .groups = static_cast<int>(NumGroups(p)),
       .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
       .tiles_n = static_cast<int>(CeilDiv(p.n, config.tile_n)),
+      .x_rows = x_rows,
+      .x_in_blocks = p.k % kBlockK == 0 && x_rows == config.tile_m,
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
+}
+
+// For a kernel whose stages hold `blocks` blocks, and weights one after the other.
+Status EncodeMaps(const Problem& p, const Operands& o, const Config& config,
+                  const WgmmaParams& params, int blocks, int64_t weights, WgmmaMaps* maps) {
+  if (Status s =
+          params.x_in_blocks
+              ? EncodeTensorMapInBlocks(o.x, p.x_dtype, p.m, p.k, params.x_rows, blocks, &maps->x)
+              : EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, params.x_rows, &maps->x);
+      !s.ok())
+    return s;
+  return EncodeTensorMapOfCodes(o.qweight, p.n, weights * BlocksK(p.k) * kBlockK,
+                                config.tile_n / kBlockN, blocks, &maps->codes);
 }
 
 // Launches `kernel` for this many tiles.
@@ -67,24 +83,24 @@ Status LaunchWgmma(const Config& config, const Kernel& kernel, int64_t tiles, cu
 
 Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindWgmmaF16 : FindWgmmaBf16;
+  const WgmmaKernel kernel = find(config, p.has_zeros, FoldsScales(config, p));
   const WgmmaParams params = ParamsOf(p, o, config);
-  CUtensorMap x_map;
-  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x_map); !s.ok())
-    return s;
-  return LaunchWgmma(config, find(config, p.has_zeros, FoldsScales(config, p)),
-                     static_cast<int64_t>(params.tiles_n) * params.tiles_m, stream, x_map, params);
+  WgmmaMaps maps;
+  if (Status s = EncodeMaps(p, o, config, params, kernel.blocks, 1, &maps); !s.ok()) return s;
+  return LaunchWgmma(config, kernel, static_cast<int64_t>(params.tiles_n) * params.tiles_m, stream,
+                     maps, params);
 }
 
 Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, const Config& config,
                       cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindRaggedWgmmaF16 : FindRaggedWgmmaBf16;
+  const RaggedWgmmaKernel kernel = find(config, p.has_zeros, FoldsScales(config, p));
+  const WgmmaParams params = ParamsOf(p, o, config);
   const ExpertParams experts = ExpertParamsOf(p, e, config.tile_n);
-  CUtensorMap x_map;
-  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x_map); !s.ok())
-    return s;
-  return LaunchWgmma(config, find(config, p.has_zeros, FoldsScales(config, p)),
-                     MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n, stream, x_map,
-                     ParamsOf(p, o, config), experts);
+  WgmmaMaps maps;
+  if (Status s = EncodeMaps(p, o, config, params, kernel.blocks, e.count, &maps); !s.ok()) return s;
+  return LaunchWgmma(config, kernel, MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n,
+                     stream, maps, params, experts);
 }
 
 }  // namespace w4a16

@@ -17,8 +17,8 @@
 //   of scales and zeros.
 //
 //   A stage holds kBlocks packed blocks along K (64 codes each) of the tile:
-//     x       kBlocks tiles of kTileM rows x 128 bytes, swizzled     tensor copies, zero-filled
-//     codes   kBlocks x kTileN / 16 packed blocks of 512 bytes       bulk copies
+//     x       kBlocks tiles of kTileM rows x 128 bytes, swizzled     tensor copy, zero-filled
+//     codes   kBlocks x kTileN / 16 packed blocks of 512 bytes       tensor copy, zero-filled
 //     scales  kTileN values for every group that the stage meets     bulk copies
 //     zeros   likewise, if kHasZeros
 //
@@ -85,7 +85,6 @@
 namespace w4a16 {
 
 struct WgmmaParams {
-  const uint32_t* qweight;
   const void* scales;
   const void* zeros;
   const void* bias;
@@ -94,8 +93,17 @@ struct WgmmaParams {
   int group_size;  // at most K rounded up to a multiple of 32
   int groups;
   int tiles_m, tiles_n;
+  int x_rows;        // of a box of x
+  bool x_in_blocks;  // WgmmaMaps
   float alpha;
   bool out_is_f32;
+};
+
+// x in boxes of x_rows tokens x 64 values, or of kBlocks of these, one after the other, if that
+// makes whole stages (K % 64 == 0, x_rows == kTileM); packed blocks in boxes of kTileN / 16 x
+// kBlocks. What lies outside reads as zero.
+struct WgmmaMaps {
+  CUtensorMap x, codes;
 };
 
 // Tiles of up to so many tokens are also compiled to scale sums instead of weights.
@@ -103,7 +111,8 @@ constexpr int kMostFoldedTokens = 48;
 
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
-  void (*kernel)(CUtensorMap, WgmmaParams);
+  void (*kernel)(WgmmaMaps, WgmmaParams);
+  int blocks;  // of 64 codes to a stage
   int threads;
   int shared_bytes;
 };
@@ -231,72 +240,68 @@ struct ShapeOfLine {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Starts the copies of codes, of x, or of scales and zeros of the CTA's part of K: chunks [begin,
-// end) of kBlocks blocks. Runs in one converged warp.
+// end) of kBlocks blocks. Runs in one thread. The weight's blocks of K begin at first_block of
+// maps.codes.
 template <typename T, typename Shape, bool kCodes, bool kX, bool kScales>
-__device__ inline void ProduceStages(const CUtensorMap& x_map, const WgmmaParams& p,
-                                     uint32_t shared, int begin, int end, int n0, int m0,
+__device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p, uint32_t shared,
+                                     int begin, int end, int first_block, int n0, int m0,
                                      int scale_shift) {
-  const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
-  const int blocks_n = static_cast<int>(CeilDiv(p.n, kBlockN));
-  const uint32_t code_bytes = min(Shape::kTileN / kBlockN, blocks_n - n0 / kBlockN) * kBlockBytes;
   const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
-  const int64_t code_stride = static_cast<int64_t>(blocks_n) * kBlockBytes;
-  const char* codes = reinterpret_cast<const char*>(p.qweight) +
-                      begin * Shape::kBlocks * code_stride +
-                      static_cast<int64_t>(n0 / kBlockN) * kBlockBytes;
+  const uint32_t x_bytes = p.x_rows * 128;  // one block
+  const int rows = ((2 * Shape::kBlocks - 1) >> scale_shift) + 1;
+  const uint32_t bytes = Shape::kBlocks * ((kX ? x_bytes : 0) + (kCodes ? Shape::kCodeBytes : 0)) +
+                         (kScales ? rows * row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
   // Codes and scales are read once unless several token tiles share them; every tile of rows reads
   // x.
   const uint64_t keep = ptx::PolicyEvictLast();
   const uint64_t weight_policy =
       p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
 
-  // The group of the next row of scales, and where along K that row and the group after it start.
-  int row_k = begin * Shape::kBlocks * kBlockK;
-  int group = min(row_k / p.group_size, p.groups - 1);
-  int64_t next_group_k = static_cast<int64_t>(group + 1) * p.group_size;
+  // The group of the next row of scales, and how many codes of it are left.
+  const int first_k = begin * Shape::kBlocks * kBlockK;
+  int group = min(first_k / p.group_size, p.groups - 1);
+  int left = static_cast<int>(
+      min(static_cast<int64_t>(group + 1) * p.group_size - first_k, int64_t{INT_MAX}));
   const T* scales = static_cast<const T*>(p.scales) + static_cast<int64_t>(group) * p.n + n0;
   const T* zeros = static_cast<const T*>(p.zeros) + static_cast<int64_t>(group) * p.n + n0;
 
   int slot = 0;
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
+#pragma unroll 1
   for (int chunk = begin; chunk < end; ++chunk) {
-    const int blocks = min(Shape::kBlocks, blocks_k - chunk * Shape::kBlocks);
-    const int rows = ((2 * blocks - 1) >> scale_shift) + 1;
     const uint32_t full = Shape::Full(shared, slot);
     ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-    const bool elected = ptx::ElectOne();
-    if (elected)
-      ptx::MbarrierArriveExpectTx(
-          full, blocks * ((kX ? Shape::kXBytes : 0) + (kCodes ? code_bytes : 0)) +
-                    (kScales ? rows * row_bytes * (Shape::kHasZeros ? 2 : 1) : 0));
-#pragma unroll
-    for (int b = 0; b < Shape::kBlocks; ++b) {
-      if (b >= blocks) break;
-      const int place = slot * Shape::kBlocks + b;
-      if (kCodes && elected)
-        ptx::BulkLoad(shared + Shape::kCodeOffset + place * Shape::kCodeBytes, codes, code_bytes,
-                      full, weight_policy);
-      if (kX && elected)
-        ptx::TensorLoad2d(shared + Shape::kXOffset + place * Shape::kXBytes, &x_map,
-                          (chunk * Shape::kBlocks + b) * kBlockK, m0, full, keep);
-      codes += code_stride;
-    }
-    for (int row = 0; kScales && row < rows; ++row) {
-      // Codes beyond K meet zeros of x; they take the last group's scale.
-      if (row_k >= next_group_k && group + 1 < p.groups) {
-        ++group;
-        next_group_k += p.group_size;
-        scales += p.n;
-        zeros += p.n;
+    ptx::MbarrierArriveExpectTx(full, bytes);
+    if constexpr (kCodes)
+      ptx::TensorLoad3d(shared + Shape::kCodeOffset + slot * (Shape::kBlocks * Shape::kCodeBytes),
+                        &maps.codes, 0, n0 / kBlockN, first_block + chunk * Shape::kBlocks, full,
+                        weight_policy);
+    if constexpr (kX) {
+      const uint32_t x = shared + Shape::kXOffset + slot * (Shape::kBlocks * Shape::kXBytes);
+      if (p.x_in_blocks) {
+        ptx::TensorLoad3d(x, &maps.x, 0, m0, chunk * Shape::kBlocks, full, keep);
+      } else {
+        for (int b = 0; b < Shape::kBlocks; ++b)
+          ptx::TensorLoad2d(x + b * Shape::kXBytes, &maps.x, (chunk * Shape::kBlocks + b) * kBlockK,
+                            m0, full, keep);
       }
-      row_k += 32 << scale_shift;
-      const int place = slot * Shape::kScaleRows + row;
-      if (elected) {
-        ptx::BulkLoad(shared + Shape::kScaleOffset + place * Shape::kRowBytes, scales, row_bytes,
-                      full, weight_policy);
+    }
+    if constexpr (kScales) {
+      uint32_t row_at = shared + slot * (Shape::kScaleRows * Shape::kRowBytes);
+#pragma unroll 1
+      for (int row = 0; row < rows; ++row) {
+        // Codes beyond K meet zeros of x; they take the last group's scale.
+        if (left <= 0 && group + 1 < p.groups) {
+          ++group;
+          left += p.group_size;
+          scales += p.n;
+          zeros += p.n;
+        }
+        left -= 32 << scale_shift;
+        ptx::BulkLoad(row_at + Shape::kScaleOffset, scales, row_bytes, full, weight_policy);
         if constexpr (Shape::kHasZeros)
-          ptx::BulkLoad(shared + Shape::kZeroOffset + place * Shape::kRowBytes, zeros, row_bytes,
-                        full, weight_policy);
+          ptx::BulkLoad(row_at + Shape::kZeroOffset, zeros, row_bytes, full, weight_policy);
+        row_at += Shape::kRowBytes;
       }
     }
     if (++slot == Shape::kStages) {
@@ -588,8 +593,8 @@ __device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, 
 
 // The work of a CTA: rows n0 .. of the weight times tokens m0 .. , which `find` tells it.
 template <typename T, typename Shape, typename Find>
-__device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaParams& p,
-                                         const Find& find) {
+__device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParams& p,
+                                         int first_block, const Find& find) {
   static_assert(Shape::kCtasPerSm > 0, "too much shared memory");
   extern __shared__ __align__(1024) char storage[];
   const uint32_t shared = ptx::SharedAddress(storage);
@@ -601,7 +606,8 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
   if (warp == kProducerWarp) {
     const bool elected = ptx::ElectOne();
     if (elected) {
-      ptx::PrefetchTensorMap(&x_map);
+      ptx::PrefetchTensorMap(&maps.codes);
+      ptx::PrefetchTensorMap(&maps.x);
       for (int i = 0; i < Shape::kStages; ++i) {
         ptx::MbarrierInit(Shape::Full(shared, i), Shape::kProducers);
         ptx::MbarrierInit(Shape::Empty(shared, i), kTeamWarps * Shape::kReleasingLanes);
@@ -637,8 +643,9 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
   if (warp >= kProducerWarp) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
     const auto produce = [&]<bool kCodes, bool kX, bool kScales>() {
-      ProduceStages<T, Shape, kCodes, kX, kScales>(x_map, p, shared, begin, end, n0, m0,
-                                                   scale_shift);
+      if (ptx::ElectOne())
+        ProduceStages<T, Shape, kCodes, kX, kScales>(maps, p, shared, begin, end, first_block, n0,
+                                                     m0, scale_shift);
     };
     if (warp == kProducerWarp)
       produce.template operator()<true, kProducers == 1, kProducers <= 2>();
@@ -682,9 +689,9 @@ __device__ __forceinline__ void GemmTile(const CUtensorMap& x_map, const WgmmaPa
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
-    GemmWgmma(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ WgmmaParams p) {
+    GemmWgmma(const __grid_constant__ WgmmaMaps maps, const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  GemmTile<T, Shape>(x_map, p, [&](int* n0, int* m0) {
+  GemmTile<T, Shape>(maps, p, 0, [&](int* n0, int* m0) {
     int tile_n, tile_m;
     TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
     *n0 = tile_n * Shape::kTileN;
@@ -706,7 +713,7 @@ WgmmaKernel FindWgmma(const Config& config) {
     if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                 \
         config.split_k == SPLIT && config.teams == TEAMS) {                                    \
       using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, TEAMS>::Type; \
-      return {GemmWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};                      \
+      return {GemmWgmma<T, Shape>, Shape::kBlocks, Shape::kThreads, Shape::kSharedBytes};      \
     }                                                                                          \
   }
 #include "configs.inc"

@@ -151,8 +151,18 @@ __device__ inline void TensorLoad2d(uint32_t shared, const CUtensorMap* map, int
       : "memory");
 }
 
-// The same box to the same place of every CTA whose bit is set in `ranks`, each of which counts the
-// bytes at its own `barrier`.
+// The same of a tensor of three dimensions.
+__device__ inline void TensorLoad3d(uint32_t shared, const CUtensorMap* map, int inner, int middle,
+                                    int outer, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared),
+      "l"(map), "r"(inner), "r"(middle), "r"(outer), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// A box of two dimensions to the same place of every CTA whose bit is set in `ranks`, each of which
+// counts the bytes at its own `barrier`.
 __device__ inline void TensorLoad2dMulticast(uint32_t shared, const CUtensorMap* map, int inner,
                                              int outer, uint32_t barrier, uint16_t ranks,
                                              uint64_t policy) {

@@ -12,15 +12,15 @@ namespace w4a16 {
 
 // What the host needs to launch an instantiation.
 struct RaggedWgmmaKernel {
-  void (*kernel)(CUtensorMap, WgmmaParams, ExpertParams);
+  void (*kernel)(WgmmaMaps, WgmmaParams, ExpertParams);
+  int blocks;  // of 64 codes to a stage
   int threads;
   int shared_bytes;
 };
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
-    RaggedWgmma(const __grid_constant__ CUtensorMap x_map,
-                const __grid_constant__ WgmmaParams params,
+    RaggedWgmma(const __grid_constant__ WgmmaMaps maps, const __grid_constant__ WgmmaParams params,
                 const __grid_constant__ ExpertParams e) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   WgmmaParams p = params;
@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   p.m = tile.end;
   if (tile.expert == e.experts) p.k = 0;
   p.tiles_m = tile.tiles_m;
-  p.qweight += tile.expert * e.qweight_words;
   p.scales = static_cast<const T*>(p.scales) + tile.expert * e.scale_elements;
   p.zeros = static_cast<const T*>(p.zeros) + tile.expert * e.scale_elements;
-  GemmTile<T, Shape>(x_map, p, [&](int* n0, int* m0) {
+  const int first_block = tile.expert * static_cast<int>(CeilDiv(params.k, kBlockK));
+  GemmTile<T, Shape>(maps, p, first_block, [&](int* n0, int* m0) {
     *n0 = tile.index / tile.tiles_m * Shape::kTileN;
     *m0 = tile.first + tile.index % tile.tiles_m * Shape::kTileM;
   });
@@ -47,13 +47,13 @@ RaggedWgmmaKernel FindRaggedWgmma(const Config& config) {
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(...)
-#define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)                                       \
-  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                       \
-    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&             \
-        config.split_k == SPLIT) {                                                         \
-      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, 1>::Type; \
-      return {RaggedWgmma<T, Shape>, Shape::kThreads, Shape::kSharedBytes};                \
-    }                                                                                      \
+#define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)                                        \
+  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                        \
+    if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&              \
+        config.split_k == SPLIT) {                                                          \
+      using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, 1>::Type;  \
+      return {RaggedWgmma<T, Shape>, Shape::kBlocks, Shape::kThreads, Shape::kSharedBytes}; \
+    }                                                                                       \
   }
 #include "configs.inc"
 #undef W4A16_DECODE

@@ -13,4 +13,14 @@ namespace w4a16 {
 Status EncodeTensorMap(const void* data, DType type, int64_t rows, int64_t columns, int box_rows,
                        CUtensorMap* map);
 
+// The same in boxes of box_blocks such boxes, neighbours along the columns, one after the other;
+// coordinates are (column, row, block). columns % 64 == 0.
+Status EncodeTensorMapInBlocks(const void* data, DType type, int64_t rows, int64_t columns,
+                               int box_rows, int box_blocks, CUtensorMap* map);
+
+// Packed weights (layout.h) in boxes of box_blocks_n x box_blocks_k blocks; coordinates are (word,
+// block along N, block along K). What lies outside reads as zero.
+Status EncodeTensorMapOfCodes(const uint32_t* qweight, int64_t n, int64_t k, int box_blocks_n,
+                              int box_blocks_k, CUtensorMap* map);
+
 }  // namespace w4a16
