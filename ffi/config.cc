@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/gemm_wgmma.h"
 #include "cuda/ragged_decode.h"
 
 namespace w4a16 {
@@ -147,7 +148,8 @@ bool IsInvariantDecode(const Config& config) {
 // the configuration, so there is only one.
 bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& config) {
   if (HopperRefusal(p, compute_capability) == nullptr)
-    return (config.family == Family::kWgmma && config.split_k == 1 && config.teams == 1) ||
+    return (config.family == Family::kWgmma && config.split_k == 1 && config.teams == 1 &&
+            !AlwaysFolds(config.tile_n)) ||
            config.family == Family::kPersistent;
   return IsInvariantDecode(config);
 }
@@ -179,7 +181,8 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
     if (p.has_zeros) return Refuse(config, "zero points are not compiled into the CUTLASS kernels");
     if (p.out_dtype != p.x_dtype) return Refuse(config, "float32 output is not compiled in");
   }
-  if (config.family != Family::kWgmma && p.group_size < p.k && p.group_size % kBlockK != 0)
+  const bool any_group = config.family == Family::kWgmma && !AlwaysFolds(config.tile_n);
+  if (!any_group && p.group_size < p.k && p.group_size % kBlockK != 0)
     return Refuse(config, "group size is not a multiple of 64");
   return {};
 }

@@ -1,18 +1,12 @@
 #include <algorithm>
 
 #include "cuda_status.h"
+#include "gemm_wgmma.h"
 #include "ragged_wgmma.cuh"
 #include "tensor_map.h"
 
 namespace w4a16 {
 namespace {
-
-// Sums are scaled where the line has it compiled in, groups are made of whole blocks, and results
-// need not be the same for every tile, to the bit.
-bool FoldsScales(const Config& config, const Problem& p) {
-  return config.tile_m <= kMostFoldedTokens && !p.batch_invariant &&
-         (NumGroups(p) == 1 || p.group_size % kBlockK == 0);
-}
 
 WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config) {
   // Tokens beyond M need not be there: whatever is, their sums are not stored.

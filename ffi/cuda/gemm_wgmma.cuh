@@ -62,8 +62,8 @@
 //       take the barrier's phase before the last for the one that it waits for.
 //       compute-sanitizer's racecheck does not follow this from lane to lane: built with
 //       W4A16_RACECHECK, every lane arrives for itself.
-//   S3  A registers: a ring of buffers, one a k16 step. One is rewritten only after a wait that
-//       leaves in flight no more than the wgmmas that read the others.
+//   S3  A registers: a buffer a k16 step of a block. One is rewritten only after a wait that leaves
+//       in flight no more than the wgmmas that read the others; folding, none.
 //   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
 //       consumers of the CTA have passed their last read (named barrier 2). It reads the sums of
 //       its own thread, or, where there are teams, of theirs once all have passed that barrier
@@ -79,6 +79,7 @@
 #include <climits>
 
 #include "dequant.cuh"
+#include "gemm_wgmma.h"
 #include "kernels.h"
 #include "ptx_sm90.cuh"
 
@@ -105,9 +106,6 @@ struct WgmmaParams {
 struct WgmmaMaps {
   CUtensorMap x, codes;
 };
-
-// Tiles of up to so many tokens are also compiled to scale sums instead of weights.
-constexpr int kMostFoldedTokens = 48;
 
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
@@ -146,7 +144,7 @@ struct WgmmaShape {
 
   // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
   // If consumers need more than an even share, a producer warpgroup gives up its registers.
-  static constexpr int kProducerRegisters = 24;
+  static constexpr int kProducerRegisters = 32;
   static constexpr int LaunchRegisters(int ctas) {
     return 65536 / ctas / (kConsumers + 128) / 8 * 8;
   }
@@ -325,8 +323,7 @@ struct Consumer {
   int slot = first_slot, previous = 0;
   uint32_t parity = 0;
   float acc[Shape::kTileM / 2] = {};
-  static constexpr int kBuffers = 2;  // of RunFolded
-  uint32_t a[4][4];                   // A fragments: a buffer for each k16 step of a block
+  uint32_t a[4][4];  // A fragments: a buffer for each k16 step of a block
 
   __device__ static inline T2 Splat(uint16_t bits) {
     const T value = reinterpret_cast<const T&>(bits);
@@ -363,29 +360,43 @@ struct Consumer {
     }
   }
 
-  // sums (+)= x * (code - zero) over block kBlock of the current stage.
+  // The lane's codes of block kBlock of the current stage.
   template <int kBlock>
-  __device__ inline void Multiply(float (&sums)[Shape::kTileM / 2], const Factors& f,
-                                  bool accumulate) {
-    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
-                                           kBlock * Shape::kCodeBytes);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
-                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      Dequantize<false>(word[step], f, a[step % kBuffers]);
-      ptx::WgmmaFence(a[step % kBuffers]);
-      ptx::Wgmma<T, Shape::kTileM>(sums, a[step % kBuffers], x + 2 * step, accumulate || step > 0);
-      ptx::WgmmaCommit();
-      ptx::WgmmaWait<kBuffers - 1>();  // S3: the next step's buffer is free
-      ptx::KeepAlive(a[(step + 1) % kBuffers]);
-    }
+  __device__ inline uint4 LoadCodes() {
+    return ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
+                              kBlock * Shape::kCodeBytes);
   }
 
-  // acc += scale * sums, once the wgmmas are done.
-  __device__ inline void Fold(float (&sums)[Shape::kTileM / 2], const Factors& f) {
+  // The descriptor of x for block kBlock of the current stage.
+  template <int kBlock>
+  __device__ inline uint64_t DescribeX() {
+    return ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
+                                     (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
+  }
+
+  // Starts sums (+)= x * (code - zero) over block kBlock of the current stage.
+  template <int kBlock>
+  __device__ inline void Multiply(float (&sums)[Shape::kTileM / 2], const uint4& words,
+                                  const Factors& f, bool accumulate) {
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int step = 0; step < 4; ++step) Dequantize<false>(word[step], f, a[step]);
+    const uint64_t x = DescribeX<kBlock>();
+    ptx::WgmmaFence(a);
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      ptx::Wgmma<T, Shape::kTileM>(sums, a[step], x + 2 * step, accumulate || step > 0);
+    ptx::WgmmaCommit();
+  }
+
+  // Until the wgmmas are done.
+  __device__ inline void Wait() {  // S3
     ptx::WgmmaWait<0>();
+    ptx::KeepAlive(a);
+  }
+
+  // acc += scale * sums.
+  __device__ inline void Fold(float (&sums)[Shape::kTileM / 2], const Factors& f) {
     ptx::Settle(sums);
     float scale[2];
 #pragma unroll
@@ -393,10 +404,6 @@ struct Consumer {
       scale[r] = static_cast<float>(reinterpret_cast<const T&>(f.scale[r]));
 #pragma unroll
     for (int i = 0; i < Shape::kTileM / 2; ++i) acc[i] = fmaf(scale[i / 2 % 2], sums[i], acc[i]);
-  }
-
-  __device__ inline void Release() {  // S2
-    if (releases) ptx::MbarrierArrive(Shape::Empty(shared, slot));
   }
 
   // As Run, for groups of kPartBlocks blocks or more, which begin at stages or their blocks.
@@ -408,21 +415,24 @@ struct Consumer {
     for (; i + 2 <= blocks; i += 2 * Shape::kTeams) {
       Acquire();
       Factors f = LoadFactors(0);
-      Multiply<0>(sums, f, false);
+      Multiply<0>(sums, LoadCodes<0>(), f, false);
+      const uint4 words = LoadCodes<1>();
+      Wait();
       if constexpr (kPartBlocks == 1) {
         Fold(sums, f);
         f = LoadFactors(1);
       }
-      Multiply<1>(sums, f, kPartBlocks == 2);
-      ptx::WgmmaWait<0>();
-      Release();
+      Multiply<1>(sums, words, f, kPartBlocks == 2);
+      Wait();
+      if (releases) ptx::MbarrierArrive(Shape::Empty(shared, slot));  // S2
       Fold(sums, f);
       Advance();
     }
     if (i < blocks) {
       Acquire();
       const Factors f = LoadFactors(0);
-      Multiply<0>(sums, f, false);
+      Multiply<0>(sums, LoadCodes<0>(), f, false);
+      Wait();
       Fold(sums, f);
     }
   }
@@ -431,11 +441,9 @@ struct Consumer {
   // before it run.
   template <bool kFineGroups, int kBlock>
   __device__ inline void Step(bool release_previous) {
-    const uint4 words = ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
-                                           kBlock * Shape::kCodeBytes);
+    const uint4 words = LoadCodes<kBlock>();
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    const uint64_t x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
-                                                 (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
+    const uint64_t x = DescribeX<kBlock>();
     Factors f;
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -709,7 +717,7 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, TEAMS, ...)                                           \
-  if constexpr (M <= kMostFoldedTokens || !kFolds) {                                           \
+  if constexpr (kFolds ? M <= kMostFoldedTokens : !AlwaysFolds(N)) {                           \
     if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                 \
         config.split_k == SPLIT && config.teams == TEAMS) {                                    \
       using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, TEAMS>::Type; \

@@ -268,6 +268,14 @@ __device__ inline void WgmmaFence(uint32_t (&a)[kRegisters]) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
+template <int kBuffers, int kRegisters>
+__device__ inline void WgmmaFence(uint32_t (&a)[kBuffers][kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kBuffers * kRegisters; ++i)
+    asm volatile("" : "+r"(a[i / kRegisters][i % kRegisters])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
 __device__ inline void WgmmaCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -283,6 +291,12 @@ template <int kRegisters>
 __device__ inline void KeepAlive(const uint32_t (&r)[kRegisters]) {
 #pragma unroll
   for (int i = 0; i < kRegisters; ++i) asm volatile("" ::"r"(r[i]) : "memory");
+}
+
+template <int kBuffers, int kRegisters>
+__device__ inline void KeepAlive(const uint32_t (&r)[kBuffers][kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kBuffers; ++i) KeepAlive(r[i]);
 }
 
 // Declares registers whose values do not matter.
