@@ -5,26 +5,35 @@
 namespace w4a16 {
 namespace {
 
+// The driver's encoder, looked up at run time so that the library does not link to libcuda.
+struct Encoder {
+  decltype(&cuTensorMapEncodeTiled) encode;
+  Status status;
+};
+
+Encoder FindEncoder() {
+  void* symbol = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol,
+                                                             12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess) return {nullptr, ToStatus(error, "cudaGetDriverEntryPointByVersion")};
+  if (found != cudaDriverEntryPointSuccess)
+    return {nullptr, Status::Unsupported("the driver has no cuTensorMapEncodeTiled")};
+  return {reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol), {}};
+}
+
 // A tensor of `rank` <= 3 dimensions, innermost first; steps_bytes lie between neighbours in all
 // dimensions but the innermost.
 Status Encode(const void* data, CUtensorMapDataType type, int rank, const cuuint64_t* extents,
               const cuuint64_t* steps_bytes, const cuuint32_t* box, CUtensorMapSwizzle swizzle,
               CUtensorMap* map) {
-  // The driver's encoder, looked up at run time so that the library does not link to libcuda.
-  void* symbol = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess) return ToStatus(error, "cudaGetDriverEntryPointByVersion");
-  if (found != cudaDriverEntryPointSuccess)
-    return Status::Unsupported("the driver has no cuTensorMapEncodeTiled");
-  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol);
-
+  static const Encoder encoder = FindEncoder();
+  if (!encoder.status.ok()) return encoder.status;
   const cuuint32_t every[] = {1, 1, 1};
   const CUresult result =
-      encode(map, type, rank, const_cast<void*>(data), extents, steps_bytes, box, every,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder.encode(map, type, rank, const_cast<void*>(data), extents, steps_bytes, box, every,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
   return Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(result));
 }
