@@ -39,6 +39,10 @@ Status EncodeMaps(const Problem& p, const Operands& o, const Config& config,
               : EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, params.x_rows, &maps->x);
       !s.ok())
     return s;
+  if (weights == 0) {  // of no experts: a tensor of no codes has no map, and none is copied
+    maps->codes = maps->x;
+    return {};
+  }
   return EncodeTensorMapOfCodes(o.qweight, p.n, weights * BlocksK(p.k) * kBlockK,
                                 config.tile_n / kBlockN, blocks, &maps->codes);
 }
