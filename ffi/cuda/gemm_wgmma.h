@@ -1,0 +1,22 @@
+// Where wgmma tiles (gemm_wgmma.cuh) fold, that is, scale sums instead of weights: the one rule,
+// for the launcher and for config.cc.
+#pragma once
+
+#include "config.h"
+
+namespace w4a16 {
+
+// Tiles of up to so many tokens are compiled in both ways, but for
+constexpr int kMostFoldedTokens = 48;
+
+// those of so many rows: the registers of seven warpgroups are too few to scale weights.
+constexpr bool AlwaysFolds(int tile_n) { return tile_n >= 448; }
+
+// Sums are scaled where the line has it compiled in, groups are made of whole blocks, and results
+// need not be the same for every tile, to the bit.
+inline bool FoldsScales(const Config& config, const Problem& p) {
+  return config.tile_m <= kMostFoldedTokens && !p.batch_invariant &&
+         (NumGroups(p) == 1 || p.group_size % kBlockK == 0);
+}
+
+}  // namespace w4a16
