@@ -8,6 +8,8 @@
 //             0x0000 | c << 4   = c * 2^-20
 //   bfloat16  0x4300 | c        = 128 + c            7 bits of mantissa: c must be shifted to bit 0
 //             0x3f80 | c        = 1 + c / 128
+//             0x0000 | c        = c * 2^-133         a subnormal; not for mma: sums would be, too
+//             0x0000 | c << 4   = c * 2^-129         its highest bit is the exponent's lowest
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,6 +38,16 @@ __device__ __forceinline__ uint32_t FmaBf16x2(uint32_t a, uint32_t b, uint32_t c
   return d;
 }
 
+// The codes' bits as they lie. One fma makes code - zero of them, or its product with a scale,
+// rounded once, but for a factor of Dequantizer<T>::kUnit.
+__device__ __forceinline__ void CodeBits(uint32_t w, uint32_t (&a)[4]) {
+  const uint32_t v = w >> 8;
+  a[0] = w & 0x000f000f;
+  a[1] = w & 0x00f000f0;
+  a[2] = v & 0x000f000f;
+  a[3] = v & 0x00f000f0;
+}
+
 // Both bit patterns below belong to small integers (or halves of them), so every result is exact.
 template <typename T>
 struct Dequantizer;
@@ -61,13 +73,14 @@ struct Dequantizer<__half> {
   __device__ static constexpr uint32_t InverseStep(int r) {
     return r == 0 ? 0x00010001 : 0x00100010;
   }
-  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) {
-    const uint32_t v = w >> 8;
-    a[0] = w & 0x000f000f;
-    a[1] = w & 0x00f000f0;
-    a[2] = v & 0x000f000f;
-    a[3] = v & 0x00f000f0;
-  }
+  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) { CodeBits(w, a); }
+
+  // Fractional zeros below 2^-5, and such differences, are rounded to multiples of 2^-15.
+  static constexpr float kUnit = 0x1p9f;
+  static constexpr uint16_t kMinusUnit = 0x9800;        // -1 / kUnit
+  static constexpr uint16_t kMinusEightUnits = 0xa400;  // -8 / kUnit
+  // From CodeBits of row half r to code / kUnit.
+  __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x7800 : 0x6800; }
 };
 
 template <>
@@ -90,6 +103,12 @@ struct Dequantizer<__nv_bfloat16> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = AndOr(w >> (4 * i), 0x000f000f, 0x3f803f80);
   }
+
+  // Exact for scales below 2^35 and products from 2^-86 on.
+  static constexpr float kUnit = 0x1p40f;
+  static constexpr uint16_t kMinusUnit = 0xab80;
+  static constexpr uint16_t kMinusEightUnits = 0xad00;
+  __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x6e00 : 0x6c00; }
 };
 
 }  // namespace w4a16

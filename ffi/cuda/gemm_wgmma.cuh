@@ -32,21 +32,28 @@
 //   depend on timing.
 //
 // Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
-// A has been read, that is, until the wgmma before it is done. So each k16 step is dequantised
-// between two wgmmas. Small problems are bound by what comes before and after the loop: a release
-// at the cluster's scope waits for all that the thread has in flight, hence st.async; instructions
-// fetched for the first time cost more than those that unrolling saves, hence loops. With four
-// warpgroups an SM a 64 x 64 block takes 130 cycles at 32 tokens, 117 folded; at 64 tokens 160
-// either way. ptxas serialises wgmmas where sums are read after a wait in another iteration, or
-// where one kernel holds both ways: hence a drain for every group, and kernels of their own.
-// x through L2 bounds tiles of 64 rows: with copies alone, all SMs together draw 13 TB/s while they
-// ask for the same x at the same time, but 9 where each starts elsewhere in K, and the kernel takes
-// about as long as the latter. 128 CTAs in clusters of four, one to an SM, take two waves.
-// Copies alone of 64 x 64 tiles, one CTA an SM: 265 ns a stage where one warp starts them all, 155
-// where three do. One warpgroup alone takes 270 cycles for a 64 x 64 block, two teams 220 for one.
-// x shared by multicast along N (clusters of two, one producer): copies alone take up to 1.5 times
-// as long (an SM takes in 67 bytes a cycle at best without, 47 with); of some 30 lines none was the
-// best of any size, and most were 2 to 60% slower than the same tile without.
+// A has been read, that is, until the wgmma before it is done; and one of n tokens takes n / 4 + 4
+// of the cycles in which a quarter of an SM issues instructions. From four warpgroups an SM on, a
+// 64 x 64 block takes about 4 * (n / 4 + 4) cycles and one for each instruction of a warp, but at
+// least 2 * n, the tensor cores' time (53 at 16): without copies 102, 114, 138 and 160 at 16, 32,
+// 48 and 64 tokens, 257 at 128. So instructions count, 70 a block folded and 80 not: descriptors
+// are one sum, waits are one for two wgmmas, codes become numbers by 9 instructions for 8 codes.
+// Leaving out code - zero in favour of sums of x would save 14 of them, but the wgmma that adds
+// these and the warps that form them cost as much. Two tiles of rows a warpgroup: 2% less. With one
+// or two warpgroups an SM it is latency that counts, and teams do better with four wgmmas at once.
+// Small problems are bound by what comes before and after the loop: a release at the cluster's
+// scope waits for all that the thread has in flight, hence st.async; instructions fetched for the
+// first time cost more than those that unrolling saves, hence loops. ptxas serialises wgmmas where
+// sums are read after a wait in another iteration, or where one kernel holds both ways: hence a
+// drain for every group, and kernels of their own. x through L2 bounds tiles of 64 rows: with
+// copies alone, all SMs together draw 13 TB/s while they ask for the same x at the same time, but 9
+// where each starts elsewhere in K, and the kernel takes about as long as the latter. 128 CTAs in
+// clusters of four, one to an SM, take two waves. Copies alone of 64 x 64 tiles, one CTA an SM: 265
+// ns a stage where one warp starts them all, 155 where three do. One warpgroup alone takes 270
+// cycles for a 64 x 64 block, two teams 220 for one. x shared by multicast along N (clusters of
+// two, one producer): copies alone take up to 1.5 times as long (an SM takes in 67 bytes a cycle at
+// best without, 47 with); of some 30 lines none was the best of any size, and most were 2 to 60%
+// slower than the same tile without.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -62,8 +69,8 @@
 //       take the barrier's phase before the last for the one that it waits for.
 //       compute-sanitizer's racecheck does not follow this from lane to lane: built with
 //       W4A16_RACECHECK, every lane arrives for itself.
-//   S3  A registers: a buffer a k16 step of a block. One is rewritten only after a wait that leaves
-//       in flight no more than the wgmmas that read the others; folding, none.
+//   S3  A registers: buffers of kBatch k16 steps. One is rewritten only after a wait that leaves in
+//       flight no more than the wgmmas that read the others.
 //   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
 //       consumers of the CTA have passed their last read (named barrier 2). It reads the sums of
 //       its own thread, or, where there are teams, of theirs once all have passed that barrier
@@ -139,8 +146,11 @@ struct WgmmaShape {
   static constexpr int kTeamThreads = 2 * kTileN;  // a warpgroup for every 64 rows
   static constexpr int kConsumers = kTeams * kTeamThreads;
 
+  // k16 steps whose wgmmas a consumer starts together, from each of its buffers of A in turn.
+  static constexpr int kBatch = kFolds && kTeams > 1 ? 4 : 2, kBuffers = 2;
   // Of a consumer thread: accumulators, A, addresses.
-  static constexpr int kRegisters = kFolds ? kTileM + 40 : kTileM / 2 + 64;
+  static constexpr int kRegisters =
+      (kFolds ? kTileM : kTileM / 2 + 24) + 4 * kBatch * kBuffers + 24;
 
   // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
   // If consumers need more than an even share, a producer warpgroup gives up its registers.
@@ -313,17 +323,25 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
 template <typename T, typename Shape>
 struct Consumer {
   using T2 = typename Pair<T>::Type;
+  static constexpr int kBlocks = Shape::kBlocks, kTileM = Shape::kTileM;
+  static constexpr int kBatch = Shape::kBatch, kBuffers = Shape::kBuffers;
+
+  // A is made by one fma of a code's bits, which read as a number far below 1, where that is exact;
+  // it is then kUnit times smaller than it should be.
+  static constexpr bool kFromBits =
+      !std::is_same_v<T, __half> || (Shape::kFolds && Shape::kHasZeros);
+  static constexpr float kUnit = kFromBits ? Dequantizer<T>::kUnit : 1.0f;
 
   uint32_t shared;
+  uint32_t x;       // the descriptor of stage 0's x, but for its upper half
   uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
-  uint32_t scales;  // the scale of its row, of registers a[][0] and a[][2]; the others hold row + 8
-  int scale_shift;
-  bool releases;   // arrives at empty[]
-  int first_slot;  // the team's
+  uint32_t scales;  // the scale of its row, of registers 0 and 2 of A; the others hold row + 8
+  bool releases;    // arrives at empty[]
+  int first_slot;   // the team's
   int slot = first_slot, previous = 0;
   uint32_t parity = 0;
-  float acc[Shape::kTileM / 2] = {};
-  uint32_t a[4][4];  // A fragments: a buffer for each k16 step of a block
+  float acc[kTileM / 2] = {};
+  uint32_t a[kBuffers][kBatch][4];  // A fragments: a register set for each k16 step
 
   __device__ static inline T2 Splat(uint16_t bits) {
     const T value = reinterpret_cast<const T&>(bits);
@@ -347,117 +365,90 @@ struct Consumer {
     return f;
   }
 
-  // to = T((code - zero) * scale) of one k16 step; T(code - zero) unless kScale.
-  template <bool kScale>
+  // to = T((code - zero) * scale) of one k16 step, T(code - zero) if it folds; over kUnit.
   __device__ static inline void Dequantize(uint32_t word, const Factors& f, uint32_t (&to)[4]) {
-    Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, to);
+    using D = Dequantizer<T>;
+    constexpr bool kScale = !Shape::kFolds;
+    if constexpr (kFromBits)
+      CodeBits(word, to);
+    else
+      D::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, to);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const int r = i & 1;
       T2 value = reinterpret_cast<const T2&>(to[i]);
-      if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(f.zero[i & 1]));
-      if constexpr (kScale) value = __hmul2(value, Splat(f.scale[i & 1]));
+      if constexpr (kFromBits && kScale && !Shape::kHasZeros) {
+        value = __hfma2(value, __hmul2(Splat(f.scale[r]), Splat(D::BitsToUnits(r))),
+                        __hmul2(Splat(f.scale[r]), Splat(D::kMinusEightUnits)));
+      } else if constexpr (kFromBits) {
+        value = __hfma2(value, Splat(D::BitsToUnits(r)),
+                        Shape::kHasZeros ? __hmul2(Splat(f.zero[r]), Splat(D::kMinusUnit))
+                                         : Splat(D::kMinusEightUnits));
+      } else if constexpr (Shape::kHasZeros) {
+        value = __hsub2(value, Splat(f.zero[r]));
+      }
+      if constexpr (kScale && (!kFromBits || Shape::kHasZeros))
+        value = __hmul2(value, Splat(f.scale[r]));
       to[i] = reinterpret_cast<const uint32_t&>(value);
     }
   }
 
-  // The lane's codes of block kBlock of the current stage.
-  template <int kBlock>
-  __device__ inline uint4 LoadCodes() {
-    return ptx::LoadShared128(codes + slot * (Shape::kBlocks * Shape::kCodeBytes) +
-                              kBlock * Shape::kCodeBytes);
+  // The lane's codes of the current stage, a word for each k16 step.
+  struct Codes {
+    uint32_t word[4 * kBlocks];
+  };
+
+  __device__ inline void LoadCodes(int block, Codes* c) {
+    const uint4 words = ptx::LoadShared128(codes + slot * (kBlocks * Shape::kCodeBytes) +
+                                           block * Shape::kCodeBytes);
+    c->word[4 * block] = words.x;
+    c->word[4 * block + 1] = words.y;
+    c->word[4 * block + 2] = words.z;
+    c->word[4 * block + 3] = words.w;
   }
 
-  // The descriptor of x for block kBlock of the current stage.
-  template <int kBlock>
+  // The descriptor of the current stage's x.
   __device__ inline uint64_t DescribeX() {
-    return ptx::DescriptorSwizzle128(shared + Shape::kXOffset +
-                                     (slot * Shape::kBlocks + kBlock) * Shape::kXBytes);
+    return ptx::DescriptorSwizzle128(0) | (x + slot * (kBlocks * Shape::kXBytes / 16));
   }
 
-  // Starts sums (+)= x * (code - zero) over block kBlock of the current stage.
-  template <int kBlock>
-  __device__ inline void Multiply(float (&sums)[Shape::kTileM / 2], const uint4& words,
-                                  const Factors& f, bool accumulate) {
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+  // Dequantises batch `number` of the current stage into its buffer, which must be free. Every
+  // kPart halves of blocks share factors, those of the first of them.
+  template <int kPart>
+  __device__ inline void DequantizeBatch(int number, const Codes& c,
+                                         const Factors (&f)[2 * kBlocks]) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) Dequantize<false>(word[step], f, a[step]);
-    const uint64_t x = DescribeX<kBlock>();
-    ptx::WgmmaFence(a);
+    for (int i = 0; i < kBatch; ++i) {
+      const int step = number * kBatch + i;
+      Dequantize(c.word[step], f[step / 2 / kPart * kPart], a[number % kBuffers][i]);
+    }
+  }
+
+  // Starts the wgmmas of batch `number`: sums (+)= x * A.
+  __device__ inline void StartBatch(int number, uint64_t stage_x, float (&sums)[kTileM / 2],
+                                    bool accumulate) {
+    uint32_t (&from)[kBatch][4] = a[number % kBuffers];
+    ptx::WgmmaFence(from);
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-      ptx::Wgmma<T, Shape::kTileM>(sums, a[step], x + 2 * step, accumulate || step > 0);
+    for (int i = 0; i < kBatch; ++i) {
+      const int step = number * kBatch + i;
+      ptx::Wgmma<T, kTileM>(sums, from[i],
+                            stage_x + step / 4 * (Shape::kXBytes / 16) + 2 * (step % 4),
+                            accumulate || i > 0);
+    }
     ptx::WgmmaCommit();
   }
 
-  // Until the wgmmas are done.
-  __device__ inline void Wait() {  // S3
+  // Until the next batch's buffer is free.
+  __device__ inline void WaitForBuffer(int number) {  // S3
+    ptx::WgmmaWait<kBuffers - 1>();
+    ptx::KeepAlive(a[number % kBuffers]);
+  }
+
+  __device__ inline void WaitForAll() {  // S3
     ptx::WgmmaWait<0>();
-    ptx::KeepAlive(a);
-  }
-
-  // acc += scale * sums.
-  __device__ inline void Fold(float (&sums)[Shape::kTileM / 2], const Factors& f) {
-    ptx::Settle(sums);
-    float scale[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      scale[r] = static_cast<float>(reinterpret_cast<const T&>(f.scale[r]));
-#pragma unroll
-    for (int i = 0; i < Shape::kTileM / 2; ++i) acc[i] = fmaf(scale[i / 2 % 2], sums[i], acc[i]);
-  }
-
-  // As Run, for groups of kPartBlocks blocks or more, which begin at stages or their blocks.
-  template <int kPartBlocks>
-  __device__ inline void RunFolded(int blocks) {
-    float sums[Shape::kTileM / 2];
-    ptx::Undefined(sums);
-    int i = first_slot * Shape::kBlocks;
-    for (; i + 2 <= blocks; i += 2 * Shape::kTeams) {
-      Acquire();
-      Factors f = LoadFactors(0);
-      Multiply<0>(sums, LoadCodes<0>(), f, false);
-      const uint4 words = LoadCodes<1>();
-      Wait();
-      if constexpr (kPartBlocks == 1) {
-        Fold(sums, f);
-        f = LoadFactors(1);
-      }
-      Multiply<1>(sums, words, f, kPartBlocks == 2);
-      Wait();
-      if (releases) ptx::MbarrierArrive(Shape::Empty(shared, slot));  // S2
-      Fold(sums, f);
-      Advance();
-    }
-    if (i < blocks) {
-      Acquire();
-      const Factors f = LoadFactors(0);
-      Multiply<0>(sums, LoadCodes<0>(), f, false);
-      Wait();
-      Fold(sums, f);
-    }
-  }
-
-  // Block kBlock of the current stage. Each k16 step is dequantised while the wgmmas of the steps
-  // before it run.
-  template <bool kFineGroups, int kBlock>
-  __device__ inline void Step(bool release_previous) {
-    const uint4 words = LoadCodes<kBlock>();
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    const uint64_t x = DescribeX<kBlock>();
-    Factors f;
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      if (step == 0 || (step == 2 && kFineGroups))
-        f = LoadFactors(kFineGroups ? 2 * kBlock + step / 2 : (2 * kBlock) >> scale_shift);
-      Dequantize<true>(word[step], f, a[step]);
-      ptx::WgmmaFence(a[step]);
-      ptx::Wgmma<T, Shape::kTileM>(acc, a[step], x + 2 * step);
-      ptx::WgmmaCommit();
-      ptx::WgmmaWait<3>();  // S3: the next step's buffer is free
-      ptx::KeepAlive(a[(step + 1) % 4]);
-      if (step == 2 && release_previous && releases)  // S2: none but this block's are in flight
-        ptx::MbarrierArrive(Shape::Empty(shared, previous));
-    }
+    for (int i = 0; i < kBuffers; ++i) ptx::KeepAlive(a[i]);
   }
 
   __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
@@ -471,27 +462,96 @@ struct Consumer {
     }
   }
 
-  // The team's stages of `blocks` blocks. kFineGroups: groups may change in the middle of a
-  // block, which only sizes that are odd multiples of 32 do. A team's last stage is not released:
-  // nobody waits for it.
-  template <bool kFineGroups>
-  __device__ inline void Run(int blocks) {
+  // acc += scale * sums.
+  __device__ inline void Fold(float (&sums)[kTileM / 2], const Factors& f) {
+    ptx::Settle(sums);
+    float scale[2];
 #pragma unroll
-    for (int step = 0; step < 4; ++step) a[step][0] = a[step][1] = a[step][2] = a[step][3] = 0;
-    int i = first_slot * Shape::kBlocks;
-    for (; i + Shape::kBlocks <= blocks; i += Shape::kTeams * Shape::kBlocks) {
-      Acquire();
-      Step<kFineGroups, 0>(i >= Shape::kTeams * Shape::kBlocks);
-      if constexpr (Shape::kBlocks == 2) Step<kFineGroups, 1>(false);
+    for (int r = 0; r < 2; ++r)
+      scale[r] = static_cast<float>(reinterpret_cast<const T&>(f.scale[r]));
+#pragma unroll
+    for (int i = 0; i < kTileM / 2; ++i) acc[i] = fmaf(scale[i / 2 % 2], sums[i], acc[i]);
+  }
+
+  // The first kCount blocks of the current stage, which is released.
+  template <int kPart, int kCount>
+  __device__ inline void FoldStage(float (&sums)[kTileM / 2]) {
+    constexpr int kPerBlock = 4 / kBatch, kPerPart = kPart * kPerBlock / 2;
+    Codes c;
+    Factors f[2 * kBlocks];
+    Acquire();
+    LoadCodes(0, &c);
+    f[0] = LoadFactors(0);
+    const uint64_t stage_x = DescribeX();
+#pragma unroll
+    for (int i = 0; i < kCount * kPerBlock; ++i) {
+      if (i > 0 && i % kPerPart == 0) {
+        f[2] = LoadFactors(1);
+        WaitForAll();
+        Fold(sums, f[0]);
+      } else if (i % kPerPart >= kBuffers) {
+        WaitForBuffer(i);
+      }
+      DequantizeBatch<kPart>(i, c, f);
+      StartBatch(i, stage_x, sums, i % kPerPart > 0);
+      if (i == kPerBlock - 1 && kCount == 2) LoadCodes(1, &c);
+    }
+    WaitForAll();
+    if (releases) ptx::MbarrierArrive(Shape::Empty(shared, slot));  // S2
+    Fold(sums, f[kPart == 2 ? 2 * (kCount - 1) : 0]);
+  }
+
+  // As Run; kPart is 2 or 4.
+  template <int kPart>
+  __device__ inline void RunFolded(int blocks) {
+    float sums[kTileM / 2];
+    ptx::Undefined(sums);
+#pragma unroll 1
+    for (blocks -= first_slot * kBlocks; blocks >= 2; blocks -= 2 * Shape::kTeams) {
+      FoldStage<kPart, 2>(sums);
       Advance();
     }
-    if (i < blocks) {
-      Acquire();
-      Step<kFineGroups, 0>(i >= Shape::kTeams * Shape::kBlocks);
-    }
-    ptx::WgmmaWait<0>();
+    if (blocks > 0) FoldStage<kPart, 1>(sums);
+  }
+
+  // The first kCount blocks of the current stage. The previous one is released once its wgmmas are
+  // done.
+  template <int kPart, int kCount>
+  __device__ inline void ScaleStage(bool release_previous) {
+    Codes c;
+    Factors f[2 * kBlocks];
+    Acquire();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) ptx::KeepAlive(a[step]);
+    for (int b = 0; b < kCount; ++b) LoadCodes(b, &c);
+#pragma unroll
+    for (int i = 0; i < 2 * kCount; i += kPart) f[i] = LoadFactors(i / kPart);
+    const uint64_t stage_x = DescribeX();
+#pragma unroll
+    for (int i = 0; i < kCount * 4 / kBatch; ++i) {
+      WaitForBuffer(i);
+      if (i == kBuffers - 1 && release_previous && releases)  // S2: none but this stage's in flight
+        ptx::MbarrierArrive(Shape::Empty(shared, previous));
+      DequantizeBatch<kPart>(i, c, f);
+      StartBatch(i, stage_x, acc, true);
+    }
+  }
+
+  // The team's stages of `blocks` blocks. Runs of kPart x 32 codes lie in one group. A team's last
+  // stage need not be released: nobody waits for it.
+  template <int kPart>
+  __device__ inline void Run(int blocks) {
+    static_assert(4 % (kBatch * kBuffers) == 0);  // a stage begins with the first buffer
+#pragma unroll
+    for (int i = 0; i < kBuffers * kBatch * 4; ++i) a[i / 4 / kBatch][i / 4 % kBatch][i % 4] = 0;
+    bool first = true;
+#pragma unroll 1
+    for (blocks -= first_slot * kBlocks; blocks >= kBlocks; blocks -= Shape::kTeams * kBlocks) {
+      ScaleStage<kPart, kBlocks>(!first);
+      first = false;
+      Advance();
+    }
+    if (blocks > 0) ScaleStage<kPart, 1>(!first);
+    WaitForAll();
     ptx::Settle(acc);
   }
 };
@@ -499,11 +559,11 @@ struct Consumer {
 // Stores alpha * sum + bias of eight tokens from `token` on by the warp's 16 rows from n on; v is
 // an accumulator fragment, bias that of the lane's two rows.
 template <typename T>
-__device__ inline void StoreChunk(const WgmmaParams& p, int token, int n, float (&v)[4],
-                                  const float (&bias)[2]) {
+__device__ inline void StoreChunk(const WgmmaParams& p, float alpha, int token, int n,
+                                  float (&v)[4], const float (&bias)[2]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], bias[i / 2]);
+  for (int i = 0; i < 4; ++i) v[i] = fmaf(alpha, v[i], bias[i / 2]);
   if (p.out_is_f32) {
     float* out = static_cast<float*>(p.out);
 #pragma unroll
@@ -545,6 +605,7 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
     for (int r = 0; r < 2; ++r)
       if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
   }
+  const float alpha = p.alpha * Consumer<T, Shape>::kUnit;
   const uint32_t own = shared + thread * 16, inbox = own + Shape::kInboxOffset;
   ptx::NamedBarrier(2, Shape::kConsumers);        // S4
   if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
@@ -581,7 +642,7 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
       v[2] = source == 0 ? w.z : v[2] + w.z;
       v[3] = source == 0 ? w.w : v[3] + w.w;
     }
-    StoreChunk<T>(p, m0 + 8 * (rank * Shape::kSliceChunks + i), n, v, bias);
+    StoreChunk<T>(p, alpha, m0 + 8 * (rank * Shape::kSliceChunks + i), n, v, bias);
   }
 }
 
@@ -671,23 +732,26 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
     const int block_row = warp - team * kTeamWarps;
     Consumer<T, Shape> consumer{
         .shared = shared,
+        .x =
+            ptx::Opaque(static_cast<uint32_t>(ptx::DescriptorSwizzle128(shared + Shape::kXOffset))),
         .codes = shared + Shape::kCodeOffset + block_row * kBlockBytes + lane * 16,
         .scales = shared + Shape::kScaleOffset + (16 * block_row + lane / 4) * 2,
-        .scale_shift = scale_shift,
         .releases = lane < Shape::kReleasingLanes,
         .first_slot = team,
     };
     const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
     if constexpr (Shape::kFolds) {
       if (scale_shift == 2)
-        consumer.template RunFolded<2>(blocks);
+        consumer.template RunFolded<4>(blocks);
       else
-        consumer.template RunFolded<1>(blocks);
+        consumer.template RunFolded<2>(blocks);
     } else {
       if (scale_shift == 0)
-        consumer.template Run<true>(blocks);
-      else
-        consumer.template Run<false>(blocks);
+        consumer.template Run<1>(blocks);
+      else if (scale_shift == 1)
+        consumer.template Run<2>(blocks);
+      else if constexpr (kMaxShift == 2)
+        consumer.template Run<4>(blocks);
     }
     FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }

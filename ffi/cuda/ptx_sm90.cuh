@@ -299,6 +299,12 @@ __device__ inline void KeepAlive(const uint32_t (&r)[kBuffers][kRegisters]) {
   for (int i = 0; i < kBuffers; ++i) KeepAlive(r[i]);
 }
 
+// The same value, of which the compiler knows nothing: sums with it stay single instructions.
+__device__ inline uint32_t Opaque(uint32_t value) {
+  asm("" : "+r"(value));
+  return value;
+}
+
 // Declares registers whose values do not matter.
 template <int kRegisters>
 __device__ inline void Undefined(float (&r)[kRegisters]) {
