@@ -699,8 +699,6 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
     ptx::NamedBarrier(1, kReaders);  // S7
 
   int n0, m0;
-  find(&n0, &m0);
-
   const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
   const int64_t chunks = CeilDiv(blocks_k, Shape::kBlocks);
   const int begin = static_cast<int>(chunks * rank / Shape::kSplitK);
@@ -711,6 +709,7 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
 
   if (warp >= kProducerWarp) {
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
+    find(&n0, &m0);
     const auto produce = [&]<bool kCodes, bool kX, bool kScales>() {
       if (ptx::ElectOne())
         ProduceStages<T, Shape, kCodes, kX, kScales>(maps, p, shared, begin, end, first_block, n0,
@@ -753,6 +752,7 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
       else if constexpr (kMaxShift == 2)
         consumer.template Run<4>(blocks);
     }
+    find(&n0, &m0);  // here, where registers are free again
     FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
   }
 }
