@@ -16,6 +16,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "../layout.h"
 
 namespace w4a16 {
 
@@ -109,6 +112,64 @@ struct Dequantizer<__nv_bfloat16> {
   static constexpr uint16_t kMinusUnit = 0xab80;
   static constexpr uint16_t kMinusEightUnits = 0xad00;
   __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x6e00 : 0x6c00; }
+};
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__half> {
+  using Type = __half2;
+  __device__ static inline Type Round(float lo, float hi) { return __floats2half2_rn(lo, hi); }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+  __device__ static inline Type Round(float lo, float hi) { return __floats2bfloat162_rn(lo, hi); }
+};
+
+// Makes A of codes: T((code - zero) * scale), or T(code - zero) unless kScale, over kUnit.
+template <typename T, bool kHasZeros, bool kScale>
+struct WeightMaker {
+  using T2 = typename Pair<T>::Type;
+  using D = Dequantizer<T>;
+
+  // By one fma of a code's bits where that is exact.
+  static constexpr bool kFromBits = !std::is_same_v<T, __half> || (kHasZeros && !kScale);
+  static constexpr float kUnit = kFromBits ? D::kUnit : 1.0f;
+
+  // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
+  struct Factors {
+    uint16_t scale[2], zero[2];
+  };
+
+  __device__ static inline T2 Splat(uint16_t bits) {
+    const T value = reinterpret_cast<const T&>(bits);
+    return T2(value, value);
+  }
+
+  __device__ static inline void Make(uint32_t word, const Factors& f, uint32_t (&to)[4]) {
+    if constexpr (kFromBits)
+      CodeBits(word, to);
+    else
+      D::template Exact<kHasZeros ? 0 : kSymmetricZero>(word, to);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i & 1;
+      T2 value = reinterpret_cast<const T2&>(to[i]);
+      if constexpr (kFromBits && kScale && !kHasZeros) {
+        value = __hfma2(value, __hmul2(Splat(f.scale[r]), Splat(D::BitsToUnits(r))),
+                        __hmul2(Splat(f.scale[r]), Splat(D::kMinusEightUnits)));
+      } else if constexpr (kFromBits) {
+        value = __hfma2(value, Splat(D::BitsToUnits(r)),
+                        kHasZeros ? __hmul2(Splat(f.zero[r]), Splat(D::kMinusUnit))
+                                  : Splat(D::kMinusEightUnits));
+      } else if constexpr (kHasZeros) {
+        value = __hsub2(value, Splat(f.zero[r]));
+      }
+      if constexpr (kScale && (!kFromBits || kHasZeros)) value = __hmul2(value, Splat(f.scale[r]));
+      to[i] = reinterpret_cast<const uint32_t&>(value);
+    }
+  }
 };
 
 }  // namespace w4a16

@@ -296,25 +296,12 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
   }
 }
 
-template <typename T>
-struct PairOf;
-template <>
-struct PairOf<__half> {
-  using Type = __half2;
-  __device__ static inline Type Round(float lo, float hi) { return __floats2half2_rn(lo, hi); }
-};
-template <>
-struct PairOf<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-  __device__ static inline Type Round(float lo, float hi) { return __floats2bfloat162_rn(lo, hi); }
-};
-
 // One consumer thread's way through the stages. Its warpgroup owns kRows blocks of 64 rows of a
 // unit: its r-th is the unit's block r * kWarpgroups + warpgroup. A stage is taken in parts of
 // kSteps k16 steps of 64 rows.
 template <typename T, typename Shape>
 struct PersistentConsumer {
-  using T2 = typename PairOf<T>::Type;
+  using Maker = WeightMaker<T, Shape::kHasZeros, true>;
   static constexpr int kSteps = Shape::kSteps, kPer = 4 / kSteps;  // parts of 64 rows
   // With two blocks of rows, codes are loaded before the wgmmas that hide their dequantisation, and
   // sums start from 0: the compiler would keep registers for values that were never set. With one,
@@ -328,14 +315,9 @@ struct PersistentConsumer {
   bool releases;    // whether it tells any
   int slot = 0, previous = 0;
   uint32_t parity = 0;
-  uint32_t a[2][4 * kSteps];  // of even parts and of odd parts
-  uint32_t word[4];           // codes, scales and zeros of the 64 rows being dequantised
-  uint16_t scale[2], zero[2];
-
-  __device__ static inline T2 Splat(uint16_t bits) {
-    const T value = reinterpret_cast<const T&>(bits);
-    return T2(value, value);
-  }
+  uint32_t a[2][kSteps][4];  // of even parts and of odd parts
+  uint32_t word[4];          // codes, scales and zeros of the 64 rows being dequantised
+  typename Maker::Factors factors;
 
   __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
 
@@ -351,28 +333,19 @@ struct PersistentConsumer {
     const uint32_t row = scales + place * Shape::kRowBytes + kRow * Shape::kWarpgroups * 128;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      scale[r] = ptx::LoadShared16(row + 16 * r);
+      factors.scale[r] = ptx::LoadShared16(row + 16 * r);
       if constexpr (Shape::kHasZeros)
-        zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
+        factors.zero[r] =
+            ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
     }
   }
 
-  // a[kBuffer] = T((code - zero) * scale) of the steps from kStep on of what was loaded.
+  // Makes a[kBuffer] of the steps from kStep on of what was loaded.
   template <int kBuffer, int kStep>
   __device__ inline void Dequantize() {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t unscaled[4];
-      Dequantizer<T>::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word[kStep + step],
-                                                                            unscaled);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        T2 value = reinterpret_cast<const T2&>(unscaled[i]);
-        if constexpr (Shape::kHasZeros) value = __hsub2(value, Splat(zero[i & 1]));
-        value = __hmul2(value, Splat(scale[i & 1]));
-        a[kBuffer][4 * step + i] = reinterpret_cast<const uint32_t&>(value);
-      }
-    }
+    for (int step = 0; step < kSteps; ++step)
+      Maker::Make(word[kStep + step], factors, a[kBuffer][step]);
   }
 
   __device__ inline void Advance() {
@@ -425,7 +398,7 @@ struct PersistentConsumer {
     ptx::WgmmaFence(a[kBuffer]);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
-      ptx::Wgmma<T, kTokens>(acc[kRow], &a[kBuffer][4 * step], x + 2 * step,
+      ptx::Wgmma<T, kTokens>(acc[kRow], a[kBuffer][step], x + 2 * step,
                              kClears || kBlock > 0 || kStep + step > 0 || !first);
     ptx::WgmmaCommit();
     ptx::WgmmaWait<1>();  // S3
@@ -457,7 +430,7 @@ struct PersistentConsumer {
     }
     if constexpr (kClears) {
 #pragma unroll
-      for (uint32_t& value : a[1]) value = 0;
+      for (int i = 0; i < 4 * kSteps; ++i) a[1][i / 4][i % 4] = 0;
     }
     int i = 0;
     if constexpr (kParts % 2 == 0) {
@@ -482,7 +455,7 @@ struct PersistentConsumer {
     if constexpr (kPer == 1) {
       if (i < blocks) {
 #pragma unroll
-        for (int j = 0; j < 16; ++j) a[0][j] = a[1][j];
+        for (int j = 0; j < 16; ++j) a[0][j / 4][j % 4] = a[1][j / 4][j % 4];
       }
     }
   }
@@ -494,6 +467,8 @@ template <typename T, typename Shape, int kTokens, bool kRagged>
 __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentParams& p,
                                  const float (&acc)[kTokens / 2], uint32_t shared, int first_n,
                                  int m0, int end) {
+  constexpr float kUnit = PersistentConsumer<T, Shape>::Maker::kUnit;
+  const float alpha = p.alpha * kUnit;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int n = first_n + 16 * warp + lane / 4;
   float bias[2] = {-0.0f, -0.0f};  // adding -0 changes nothing
@@ -509,7 +484,7 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
       const int token = m0 + 8 * (i / 4) + 2 * (lane % 4) + (i & 1), r = (i >> 1) & 1;
       if (token < (kRagged ? end : p.m) && n + 8 * r < p.n)
         static_cast<float*>(p.out)[static_cast<int64_t>(token) * p.n + n + 8 * r] =
-            fmaf(p.alpha, acc[i], bias[r]);
+            fmaf(alpha, acc[i], bias[r]);
     }
     return;
   }
@@ -533,10 +508,13 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
           const float* pair = &acc[(begin + token) / 2 + 2 * i];
           float lo = pair[0], hi = pair[1];
           if constexpr (!kPlain) {
-            lo = fmaf(p.alpha, lo, bias[i & 1]);
-            hi = fmaf(p.alpha, hi, bias[i & 1]);
+            lo = fmaf(alpha, lo, bias[i & 1]);
+            hi = fmaf(alpha, hi, bias[i & 1]);
+          } else if constexpr (kUnit != 1.0f) {
+            lo *= kUnit;
+            hi *= kUnit;
           }
-          const auto rounded = PairOf<T>::Round(lo, hi);
+          const auto rounded = Pair<T>::Round(lo, hi);
           v[i] = reinterpret_cast<const uint32_t&>(rounded);
         }
         ptx::StoreMatrix4Transposed(mine + token * 128, v[0], v[1], v[2], v[3]);

@@ -122,17 +122,6 @@ struct WgmmaKernel {
   int shared_bytes;
 };
 
-template <typename T>
-struct Pair;
-template <>
-struct Pair<__half> {
-  using Type = __half2;
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-};
-
 template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_,
           int kTeams_>
 struct WgmmaShape {
@@ -322,15 +311,10 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
 // One consumer thread's way through the stages.
 template <typename T, typename Shape>
 struct Consumer {
-  using T2 = typename Pair<T>::Type;
+  using Maker = WeightMaker<T, Shape::kHasZeros, !Shape::kFolds>;
+  using Factors = typename Maker::Factors;
   static constexpr int kBlocks = Shape::kBlocks, kTileM = Shape::kTileM;
   static constexpr int kBatch = Shape::kBatch, kBuffers = Shape::kBuffers;
-
-  // A is made by one fma of a code's bits, which read as a number far below 1, where that is exact;
-  // it is then kUnit times smaller than it should be.
-  static constexpr bool kFromBits =
-      !std::is_same_v<T, __half> || (Shape::kFolds && Shape::kHasZeros);
-  static constexpr float kUnit = kFromBits ? Dequantizer<T>::kUnit : 1.0f;
 
   uint32_t shared;
   uint32_t x;       // the descriptor of stage 0's x, but for its upper half
@@ -343,16 +327,6 @@ struct Consumer {
   float acc[kTileM / 2] = {};
   uint32_t a[kBuffers][kBatch][4];  // A fragments: a register set for each k16 step
 
-  __device__ static inline T2 Splat(uint16_t bits) {
-    const T value = reinterpret_cast<const T&>(bits);
-    return T2(value, value);
-  }
-
-  // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
-  struct Factors {
-    uint16_t scale[2], zero[2];
-  };
-
   __device__ inline Factors LoadFactors(int part) {
     Factors f;
     const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
@@ -363,34 +337,6 @@ struct Consumer {
         f.zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
     }
     return f;
-  }
-
-  // to = T((code - zero) * scale) of one k16 step, T(code - zero) if it folds; over kUnit.
-  __device__ static inline void Dequantize(uint32_t word, const Factors& f, uint32_t (&to)[4]) {
-    using D = Dequantizer<T>;
-    constexpr bool kScale = !Shape::kFolds;
-    if constexpr (kFromBits)
-      CodeBits(word, to);
-    else
-      D::template Exact<Shape::kHasZeros ? 0 : kSymmetricZero>(word, to);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i & 1;
-      T2 value = reinterpret_cast<const T2&>(to[i]);
-      if constexpr (kFromBits && kScale && !Shape::kHasZeros) {
-        value = __hfma2(value, __hmul2(Splat(f.scale[r]), Splat(D::BitsToUnits(r))),
-                        __hmul2(Splat(f.scale[r]), Splat(D::kMinusEightUnits)));
-      } else if constexpr (kFromBits) {
-        value = __hfma2(value, Splat(D::BitsToUnits(r)),
-                        Shape::kHasZeros ? __hmul2(Splat(f.zero[r]), Splat(D::kMinusUnit))
-                                         : Splat(D::kMinusEightUnits));
-      } else if constexpr (Shape::kHasZeros) {
-        value = __hsub2(value, Splat(f.zero[r]));
-      }
-      if constexpr (kScale && (!kFromBits || Shape::kHasZeros))
-        value = __hmul2(value, Splat(f.scale[r]));
-      to[i] = reinterpret_cast<const uint32_t&>(value);
-    }
   }
 
   // The lane's codes of the current stage, a word for each k16 step.
@@ -420,7 +366,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int step = number * kBatch + i;
-      Dequantize(c.word[step], f[step / 2 / kPart * kPart], a[number % kBuffers][i]);
+      Maker::Make(c.word[step], f[step / 2 / kPart * kPart], a[number % kBuffers][i]);
     }
   }
 
@@ -605,7 +551,7 @@ __device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape
     for (int r = 0; r < 2; ++r)
       if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
   }
-  const float alpha = p.alpha * Consumer<T, Shape>::kUnit;
+  const float alpha = p.alpha * Consumer<T, Shape>::Maker::kUnit;
   const uint32_t own = shared + thread * 16, inbox = own + Shape::kInboxOffset;
   ptx::NamedBarrier(2, Shape::kConsumers);        // S4
   if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
