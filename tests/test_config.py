@@ -186,6 +186,18 @@ def test_batch_invariant_choices_share_one_order(n, k, capability):
         assert len(names) == 1
 
 
+@pytest.mark.parametrize("name", ["wgmma_448x16_s5_k1", "wgmma_448x32_s5_k1"])
+def test_tiles_that_only_scale_sums_say_what_they_cannot_serve(name):
+    def refusal(**change):
+        return _w4a16.can_implement(name, **problem(16, 896, 512, **change), **HOPPER)
+
+    for group_size in (64, 128, 512, 10**6):
+        assert refusal(group_size=group_size) is None
+    for group_size in (32, 96):
+        assert "group size" in refusal(group_size=group_size)
+    assert "one order" in refusal(batch_invariant=True)
+
+
 def test_without_workspace_nothing_that_needs_one():
     for m in (1, 64, 512, 4096):
         _, workspace = _w4a16.select(**problem(m, 8192, 8192), **HOPPER, workspace_limit=0)
