@@ -727,7 +727,7 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, TEAMS, ...)                                           \
-  if constexpr (kFolds ? M <= kMostFoldedTokens : !AlwaysFolds(N)) {                           \
+  if constexpr (kFolds ? M <= kMostFoldedTokens : !AlwaysFolds(N, M)) {                        \
     if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                 \
         config.split_k == SPLIT && config.teams == TEAMS) {                                    \
       using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, TEAMS>::Type; \
