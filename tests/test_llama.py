@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import device_of
 
 import jax_w4a16
 from jax_w4a16 import QuantizedWeight
@@ -65,6 +66,18 @@ def use_reference(monkeypatch):
     monkeypatch.setattr(llama, "_run_layer", jax.jit(llama._run_layer.__wrapped__, static_argnums=0))
 
 
+def dot_of(implementation):
+    """`jax_w4a16.dot` that takes x in float16 and returns what it would have without."""
+
+    def dot(x, weight, *, bias=None, preferred_element_type=None):
+        weight = dataclasses.replace(weight, scales=weight.scales.astype(jnp.float16))
+        out = x.dtype if preferred_element_type is None else preferred_element_type
+        options = {"preferred_element_type": out, "implementation": implementation}
+        return jax_w4a16.dot(x.astype(jnp.float16), weight, bias=bias, **options)
+
+    return dot
+
+
 class TestGeneration:
     @pytest.mark.slow
     def test_kernels_and_reference_choose_the_same_200_tokens(self, monkeypatch):
@@ -81,6 +94,24 @@ class TestGeneration:
         sequence = np.concatenate([prompt_of(CONFIG), tokens[:, :-1]], axis=1)
         best = np.sort(all_logits(CONFIG, state_of(CONFIG), sequence)[0, PROMPT - 1 :], axis=-1)
         assert (best[:, -1] - best[:, -2]).min() > 10 * np.abs(logits - expected_logits).max()
+        assert len(np.unique(tokens)) > 30
+
+    @pytest.mark.gpu
+    def test_gpu_kernels_and_reference_choose_the_same_200_tokens(self, monkeypatch):
+        """Products take x in float16; between them all stays in float32, where the two hardly differ."""
+        results = {}
+        with jax.default_device(device_of("cuda")), jax.default_matmul_precision("highest"):
+            for implementation in ("cuda", "reference"):
+                monkeypatch.setattr(layers, "dot", dot_of(implementation))
+                # The present one's trace is of the other implementation.
+                run_layer = jax.jit(llama._run_layer.__wrapped__, static_argnums=0)
+                monkeypatch.setattr(llama, "_run_layer", run_layer)
+                results[implementation] = generate(CONFIG, llama_weights.random_state(CONFIG))
+        (tokens, logits), (expected, expected_logits) = results["cuda"], results["reference"]
+        assert tokens.shape == (1, STEPS + 1)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_allclose(logits, expected_logits, rtol=1e-3)
+        assert (logits != expected_logits).any()  # they are two implementations
         assert len(np.unique(tokens)) > 30
 
     @pytest.mark.parametrize("packed", [True, False], ids=["w4a16", "float"])
