@@ -1,11 +1,12 @@
 """Fits the costs in ffi/configs.inc to a sweep, and writes them there for ffi/heuristics.cc.
 
-    python -m benchmarks.fit_costs [--sweep results/h200_sweep.json] [--write]
+    python -m benchmarks.fit_costs [--sweep results/h200_sweep.json] [--refine SEED] [--write]
 
 A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc
 says what these are. Each configuration is fitted alone, over all rows of whatever type, by least squares of
-the relative error with costs of at least 0. Prints how far the choice by the fitted costs is from the best of
-each cell.
+the relative error with costs of at least 0. --refine starts from the costs that are there instead, and moves
+them at random for as long as the choice gets better. Prints how far the choice by the new costs is from the
+best of each cell.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -34,7 +36,8 @@ def ceil_div(a: int, b: int) -> int:
 POWER = 2  # of best / us, which weighs a measurement
 # A configuration is fitted where it is near the best, or where it is nearest.
 NEAR, FEW, NEAREST = 1.5, 8, 12
-FILLS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 10, 12)
+REFINE_ROUNDS, REFINE_TRIES, REFINE_LEAST, REFINE_NEAR = 30, 6, 1e-5, 1.2
+FILLS = (1, 1.15, 1.5, 2, 2.4)
 
 
 def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
@@ -122,6 +125,77 @@ def choose(costs: dict[str, Costs], configs: dict[str, dict], row: dict) -> str:
     return min(timed, key=lambda name: costs[name].predict(configs[name], row["N"], row["K"], row["M"]))
 
 
+def read(configs: dict[str, dict], path: Path = CONFIGS) -> dict[str, Costs]:
+    """The costs in configs.inc."""
+    number = r"([\d.]+)"
+    pattern = rf"^W4A16_\w+\(.*, {number}, {number}, {number}, {number}\)$"
+    lines = re.findall(pattern, path.read_text(), re.M)
+    return {
+        name: Costs(float(start), float(step) / 1e3, float(tile), float(fill))
+        for name, (start, step, tile, fill) in zip(configs, lines, strict=True)
+    }
+
+
+class Choices:
+    """What each cell's choice takes by costs that may be moved, one configuration's at a time."""
+
+    def __init__(self, costs: dict[str, Costs], configs: dict[str, dict], rows: list[dict]):
+        self.names = [name for name in costs if any(name in row["us"] for row in rows)]
+        self.rows, self.configs = rows, configs
+        times = [[(row["slow_us"] | row["us"]).get(name, math.inf) for name in self.names] for row in rows]
+        self.loss = np.array(times) / np.min(times, axis=1, keepdims=True)
+        self.near = self.loss < REFINE_NEAR
+        self.us = np.array(times)
+        self.predicted = np.stack([self.predict(name, costs[name]) for name in self.names], axis=1)
+
+    def predict(self, name: str, costs: Costs) -> np.ndarray:
+        """Microseconds for each row; infinite where it was not timed."""
+        us = [costs.predict(self.configs[name], row["N"], row["K"], row["M"]) for row in self.rows]
+        return np.where(np.isfinite(self.us[:, self.names.index(name)]), us, np.inf)
+
+    def badness(self) -> float:
+        """Mean log of the loss, more for losses beyond 3%, and a little for wrong predictions."""
+        chosen = self.predicted.argmin(axis=1)
+        loss = np.log(self.loss[np.arange(len(self.rows)), chosen])
+        error = np.abs(np.log(self.predicted[self.near] / self.us[self.near]))
+        return float(
+            loss.mean() + 0.3 * np.maximum(loss - 0.03, 0).mean() + 0.02 * np.minimum(error, 0.3).mean()
+        )
+
+
+def refine(
+    costs: dict[str, Costs], configs: dict[str, dict], rows: list[dict], seed: int
+) -> dict[str, Costs]:
+    """Costs near the given ones by which the choice is better. Those of decode lines stay."""
+    generator = random.Random(seed)
+    choices, costs = Choices(costs, configs, rows), dict(costs)
+    best = choices.badness()
+    for _ in range(REFINE_ROUNDS):
+        before = best
+        for name in generator.sample(choices.names, len(choices.names)):
+            if configs[name]["family"] == "decode":
+                continue
+            column = choices.names.index(name)
+            for _ in range(REFINE_TRIES):
+                c = costs[name]
+                moved = Costs(
+                    max(0.0, round(c.start + generator.gauss(0, 0.2), 2)),
+                    round(c.step * math.exp(generator.gauss(0, 0.03)), 4),
+                    max(0.0, round(c.tile + generator.gauss(0, 0.2), 2)),
+                    c.fill,
+                )
+                kept = choices.predicted[:, column].copy()
+                choices.predicted[:, column] = choices.predict(name, moved)
+                badness = choices.badness()
+                if badness < best:
+                    best, costs[name] = badness, moved
+                else:
+                    choices.predicted[:, column] = kept
+        if before - best < REFINE_LEAST:
+            break
+    return costs
+
+
 def write(costs: dict[str, Costs], configs: dict[str, dict], path: Path = CONFIGS) -> None:
     """Replaces the last four arguments of each line of configs.inc."""
     names = iter(configs)
@@ -131,24 +205,18 @@ def write(costs: dict[str, Costs], configs: dict[str, dict], path: Path = CONFIG
         if name not in costs:
             return match[0]
         c = costs[name]
-        return f"{match[1]}, {c.start:.2f}, {c.step * 1e3:.1f}, {c.tile:.2f}, {c.fill:.1f})"
+        return (
+            f"{match[1]}, {c.start:.2f}, {c.step * 1e3:.1f}, {c.tile:.2f}, {c.fill:.2f}".removesuffix("0")
+            + ")"
+        )
 
     number = r"[\d.]+"
     pattern = rf"^(W4A16_\w+\([^)]*?), {number}, {number}, {number}, {number}\)$"
     path.write_text(re.sub(pattern, line, path.read_text(), flags=re.M))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Fits, prints, and with --write rewrites configs.inc."""
-    parser = argparse.ArgumentParser("benchmarks.fit_costs", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--sweep", type=Path, default=store.RESULTS / "h200_sweep.json")
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args(argv)
-
-    from jax_w4a16._ffi import native
-
-    configs = {config["name"]: config for config in native.configs()}
-    sweep = json.loads(options.sweep.read_text())["rows"]
+def fit_all(configs: dict[str, dict], sweep: list[dict]) -> dict[str, Costs]:
+    """Each configuration's fit, printed; none where there are too few measurements."""
     costs = {}
     for name, config in configs.items():
         rows = [
@@ -165,6 +233,25 @@ def main(argv: list[str] | None = None) -> int:
             f"{name:48s} start {c.start:6.2f} us  step {c.step * 1e3:6.1f} ns  tile {c.tile:5.2f} us  "
             f"fill {c.fill:4.1f}  error {np.mean(errors):5.1%} over {len(rows)}"
         )
+    return costs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fits, prints, and with --write rewrites configs.inc."""
+    parser = argparse.ArgumentParser("benchmarks.fit_costs", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--sweep", type=Path, default=store.RESULTS / "h200_sweep.json")
+    parser.add_argument("--refine", type=int, metavar="SEED", help="start from the costs that are there")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args(argv)
+
+    from jax_w4a16._ffi import native
+
+    configs = {config["name"]: config for config in native.configs()}
+    sweep = json.loads(options.sweep.read_text())["rows"]
+    if options.refine is None:
+        costs = fit_all(configs, sweep)
+    else:
+        costs = refine(read(configs), configs, sweep, options.refine)
     losses: dict[int, list[float]] = {}
     for row in sweep:
         if row["best"] is None:

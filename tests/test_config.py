@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -95,15 +95,6 @@ def test_small_m_decodes_and_large_m_uses_wgmma():
     assert family[large] in ("wgmma", "persistent", "cutlass")
 
 
-def committed_costs():
-    """By name of the configuration, what heuristics.cc predicts its time from."""
-    number = r"([\d.]+)"
-    pattern = rf"^W4A16_\w+\(.*, {number}, {number}, {number}, {number}\)$"
-    lines = re.findall(pattern, fit_costs.CONFIGS.read_text(), re.M)
-    costs = [fit_costs.Costs(float(a), float(b) / 1e3, float(c), float(d)) for a, b, c, d in lines]
-    return {config["name"]: cost for config, cost in zip(_w4a16.configs(), costs, strict=True)}
-
-
 @pytest.mark.parametrize(
     ("file", "newer", "most", "worst"),
     [("h200_sweep.json", 0, 1.05, 1.15), ("h200_other_shapes.json", 3, 1.1, 1.3)],
@@ -114,7 +105,7 @@ def test_choices_are_near_the_best_measured(file, newer, most, worst):
     `newer` cells choose a line that their file is too old to have: then the best predicted of those it has.
     """
     configs = {config["name"]: config for config in _w4a16.configs()}
-    costs, losses, chosen_newer = committed_costs(), {}, 0
+    costs, losses, chosen_newer = fit_costs.read(configs), {}, 0
     for row in json.loads((store.RESULTS / file).read_text())["rows"]:
         n, k, m, dtype = (row[name] for name in ("N", "K", "M", "dtype"))
         chosen, _ = _w4a16.select(**problem(m, n, k, x_dtype=dtype, out_dtype=dtype), **HOPPER)
@@ -127,6 +118,23 @@ def test_choices_are_near_the_best_measured(file, newer, most, worst):
     assert len(losses) >= 40
     assert report.geomean(losses.values()) <= most
     assert max(losses.values()) <= worst, max(losses, key=losses.get)
+
+
+def test_refined_costs_choose_better():
+    configs = {config["name"]: config for config in _w4a16.configs()}
+    sweep = json.loads((store.RESULTS / "h200_sweep.json").read_text())["rows"]
+    rows = [row for row in sweep if row["M"] in (16, 32)]
+    costs = fit_costs.read(configs)
+    worse = dataclasses.replace(costs["wgmma_64x32_s8_k2_t2"], start=4.0)
+    spoilt = costs | {"wgmma_64x32_s8_k2_t2": worse}
+    refined = fit_costs.refine(spoilt, configs, rows, seed=0)
+
+    def badness(costs):
+        return fit_costs.Choices(costs, configs, rows).badness()
+
+    assert badness(costs) < badness(spoilt)
+    assert badness(refined) < 0.5 * badness(spoilt)
+    assert all(refined[name] == costs[name] for name in costs if configs[name]["family"] == "decode")
 
 
 def test_ragged_choices_are_near_the_best_measured():
@@ -246,7 +254,7 @@ def test_unknown_config():
 
 def test_the_chooser_and_its_python_twin_agree():
     configs = {config["name"]: config for config in _w4a16.configs()}
-    costs = committed_costs()
+    costs = fit_costs.read(configs)
     for (n, k), m in itertools.product(SHAPES, (1, 8, 16, 40, 128, 256, 600, 2048, 8192)):
         args = problem(m, n, k)
         predicted = {
