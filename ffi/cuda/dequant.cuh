@@ -82,6 +82,10 @@ struct Dequantizer<__half> {
   static constexpr float kUnit = 0x1p9f;
   static constexpr uint16_t kMinusUnit = 0x9800;        // -1 / kUnit
   static constexpr uint16_t kMinusEightUnits = 0xa400;  // -8 / kUnit
+  // A scale times this takes a difference to 1/4 of the weight: finite for scales below 512, and
+  // rounded no further than the weight would be for scales from 2^-14 on.
+  static constexpr float kScaleUnit = 0x1p7f;
+  static constexpr uint16_t kScaleUnits = 0x5800;
   // From CodeBits of row half r to code / kUnit.
   __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x7800 : 0x6800; }
 };
@@ -111,6 +115,8 @@ struct Dequantizer<__nv_bfloat16> {
   static constexpr float kUnit = 0x1p40f;
   static constexpr uint16_t kMinusUnit = 0xab80;
   static constexpr uint16_t kMinusEightUnits = 0xad00;
+  static constexpr float kScaleUnit = 1.0f;
+  static constexpr uint16_t kScaleUnits = 0x3f80;
   __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x6e00 : 0x6c00; }
 };
 
@@ -133,9 +139,11 @@ struct WeightMaker {
   using T2 = typename Pair<T>::Type;
   using D = Dequantizer<T>;
 
-  // By one fma of a code's bits where that is exact.
-  static constexpr bool kFromBits = !std::is_same_v<T, __half> || (kHasZeros && !kScale);
-  static constexpr float kUnit = kFromBits ? D::kUnit : 1.0f;
+  // By one fma of a code's bits where that is exact: a float16 scale without zeros would have to be
+  // below 2^-8 for it.
+  static constexpr bool kFromBits = !std::is_same_v<T, __half> || kHasZeros;
+  static constexpr float kUnit =
+      !kFromBits ? 1.0f : D::kUnit / (kScale && kHasZeros ? D::kScaleUnit : 1.0f);
 
   // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
   struct Factors {
@@ -151,7 +159,7 @@ struct WeightMaker {
     if constexpr (kFromBits)
       CodeBits(word, to);
     else
-      D::template Exact<kHasZeros ? 0 : kSymmetricZero>(word, to);
+      D::template Exact<kSymmetricZero>(word, to);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i & 1;
@@ -163,10 +171,11 @@ struct WeightMaker {
         value = __hfma2(value, Splat(D::BitsToUnits(r)),
                         kHasZeros ? __hmul2(Splat(f.zero[r]), Splat(D::kMinusUnit))
                                   : Splat(D::kMinusEightUnits));
-      } else if constexpr (kHasZeros) {
-        value = __hsub2(value, Splat(f.zero[r]));
       }
-      if constexpr (kScale && (!kFromBits || kHasZeros)) value = __hmul2(value, Splat(f.scale[r]));
+      if constexpr (kScale && kHasZeros && D::kScaleUnit != 1.0f)
+        value = __hmul2(value, __hmul2(Splat(f.scale[r]), Splat(D::kScaleUnits)));
+      else if constexpr (kScale && (!kFromBits || kHasZeros))
+        value = __hmul2(value, Splat(f.scale[r]));
       to[i] = reinterpret_cast<const uint32_t&>(value);
     }
   }

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <climits>
 
 #include "cuda_status.h"
 #include "gemm_wgmma.h"
@@ -8,9 +9,24 @@
 namespace w4a16 {
 namespace {
 
-WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config) {
+// As many rows of scales as a stage of `blocks` blocks meets, if it is that for every stage: groups
+// are whole parts of stages, or whole stages.
+int ScaleRows(const Problem& p, int blocks) {
+  const int64_t stage_k = blocks * kBlockK;
+  if (NumGroups(p) == 1 || p.group_size % stage_k == 0) return 1;
+  return stage_k % p.group_size == 0 ? static_cast<int>(stage_k / p.group_size) : 0;
+}
+
+// For a kernel whose stages hold `blocks` blocks, and weights one after the other.
+WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config, int blocks,
+                     int64_t weights) {
   // Tokens beyond M need not be there: whatever is, their sums are not stored.
   const int x_rows = static_cast<int>(std::min<int64_t>(config.tile_m, CeilDiv(p.m, 8) * 8));
+  const int scale_rows = ScaleRows(p, blocks);
+  const bool scales_in_boxes = HasScaleBoxes(config.tile_n) && scale_rows > 0 && weights > 0 &&
+                               weights * NumGroups(p) <= INT_MAX &&
+                               // Rows beyond K would be the next weight's.
+                               (scale_rows == 1 || weights == 1 || p.k % (blocks * kBlockK) == 0);
   return {
       .scales = o.scales,
       .zeros = o.zeros,
@@ -25,6 +41,7 @@ WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config) 
       .tiles_n = static_cast<int>(CeilDiv(p.n, config.tile_n)),
       .x_rows = x_rows,
       .x_in_blocks = p.k % kBlockK == 0 && x_rows == config.tile_m,
+      .scales_in_boxes = scales_in_boxes,
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
@@ -43,16 +60,27 @@ Status EncodeMaps(const Problem& p, const Operands& o, const Config& config,
     maps->codes = maps->x;
     return {};
   }
-  return EncodeTensorMapOfCodes(o.qweight, p.n, weights * BlocksK(p.k) * kBlockK,
-                                config.tile_n / kBlockN, blocks, &maps->codes);
+  if (Status s = EncodeTensorMapOfCodes(o.qweight, p.n, weights * BlocksK(p.k) * kBlockK,
+                                        config.tile_n / kBlockN, blocks, &maps->codes);
+      !s.ok())
+    return s;
+  if (!params.scales_in_boxes) return {};
+  const auto encode = [&](const void* rows, CUtensorMap* map) {
+    return EncodeTensorMapOfScales(rows, p.x_dtype, weights * NumGroups(p), p.n,
+                                   ScaleRows(p, blocks), config.tile_n, map);
+  };
+  if (Status s = encode(o.scales, &maps->scales); !s.ok()) return s;
+  return p.has_zeros ? encode(o.zeros, &maps->zeros) : Status{};
+}
+
+Status NotCompiled(const Config& config) {
+  return Status::Internal(std::string(config.name) + ": not compiled");
 }
 
 // Launches `kernel` for this many tiles.
 template <typename Kernel, typename... Args>
 Status LaunchWgmma(const Config& config, const Kernel& kernel, int64_t tiles, cudaStream_t stream,
                    const Args&... args) {
-  if (kernel.kernel == nullptr)
-    return Status::Internal(std::string(config.name) + ": not compiled");
   if (tiles * config.split_k > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles for one grid");
 
@@ -82,7 +110,8 @@ Status LaunchWgmma(const Config& config, const Kernel& kernel, int64_t tiles, cu
 Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindWgmmaF16 : FindWgmmaBf16;
   const WgmmaKernel kernel = find(config, p.has_zeros, FoldsScales(config, p));
-  const WgmmaParams params = ParamsOf(p, o, config);
+  if (kernel.kernel == nullptr) return NotCompiled(config);
+  const WgmmaParams params = ParamsOf(p, o, config, kernel.blocks, 1);
   WgmmaMaps maps;
   if (Status s = EncodeMaps(p, o, config, params, kernel.blocks, 1, &maps); !s.ok()) return s;
   return LaunchWgmma(config, kernel, static_cast<int64_t>(params.tiles_n) * params.tiles_m, stream,
@@ -93,7 +122,8 @@ Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, con
                       cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindRaggedWgmmaF16 : FindRaggedWgmmaBf16;
   const RaggedWgmmaKernel kernel = find(config, p.has_zeros, FoldsScales(config, p));
-  const WgmmaParams params = ParamsOf(p, o, config);
+  if (kernel.kernel == nullptr) return NotCompiled(config);
+  const WgmmaParams params = ParamsOf(p, o, config, kernel.blocks, e.count);
   const ExpertParams experts = ExpertParamsOf(p, e, config.tile_n);
   WgmmaMaps maps;
   if (Status s = EncodeMaps(p, o, config, params, kernel.blocks, e.count, &maps); !s.ok()) return s;

@@ -19,7 +19,7 @@
 //   A stage holds kBlocks packed blocks along K (64 codes each) of the tile:
 //     x       kBlocks tiles of kTileM rows x 128 bytes, swizzled     tensor copy, zero-filled
 //     codes   kBlocks x kTileN / 16 packed blocks of 512 bytes       tensor copy, zero-filled
-//     scales  kTileN values for every group that the stage meets     bulk copies
+//     scales  kTileN values for every group that the stage meets     tensor copy or bulk copies
 //     zeros   likewise, if kHasZeros
 //
 //   Folding (few tokens, groups of whole blocks, not batch-invariant): A is T(code - zero), each
@@ -101,17 +101,19 @@ struct WgmmaParams {
   int group_size;  // at most K rounded up to a multiple of 32
   int groups;
   int tiles_m, tiles_n;
-  int x_rows;        // of a box of x
-  bool x_in_blocks;  // WgmmaMaps
+  int x_rows;                         // of a box of x
+  bool x_in_blocks, scales_in_boxes;  // WgmmaMaps
   float alpha;
   bool out_is_f32;
 };
 
 // x in boxes of x_rows tokens x 64 values, or of kBlocks of these, one after the other, if that
 // makes whole stages (K % 64 == 0, x_rows == kTileM); packed blocks in boxes of kTileN / 16 x
-// kBlocks. What lies outside reads as zero.
+// kBlocks; scales and zeros, unless bulk copies bring them row by row, in boxes of kTileN x as many
+// groups as a stage meets. What lies outside reads as zero. Codes, scales and zeros are those of
+// all experts, one after the other.
 struct WgmmaMaps {
-  CUtensorMap x, codes;
+  CUtensorMap x, codes, scales, zeros;
 };
 
 // What the host needs to launch an instantiation.
@@ -161,6 +163,7 @@ struct WgmmaShape {
   // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
   static constexpr int kBlocks = kTileM <= 64 ? 2 : 1;
   static constexpr int kScaleRows = 2 * kBlocks;  // one for every 32 codes at most
+  static constexpr bool kHasScaleBoxes = HasScaleBoxes(kTileN);
 
   static constexpr int kXBytes = kTileM * 128;                       // one block
   static constexpr int kCodeBytes = kTileN / kBlockN * kBlockBytes;  // one block
@@ -237,13 +240,12 @@ struct ShapeOfLine {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Starts the copies of codes, of x, or of scales and zeros of the CTA's part of K: chunks [begin,
-// end) of kBlocks blocks. Runs in one thread. The weight's blocks of K begin at first_block of
-// maps.codes.
-template <typename T, typename Shape, bool kCodes, bool kX, bool kScales>
+// end) of kBlocks blocks. Runs in one thread. kBoxes is p.scales_in_boxes.
+template <typename T, typename Shape, bool kCodes, bool kX, bool kScales, bool kBoxes>
 __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p, uint32_t shared,
-                                     int begin, int end, int first_block, int n0, int m0,
+                                     int begin, int end, int expert, int n0, int m0,
                                      int scale_shift) {
-  const uint32_t row_bytes = min(Shape::kTileN, p.n - n0) * 2;
+  const uint32_t row_bytes = kBoxes ? Shape::kRowBytes : min(Shape::kTileN, p.n - n0) * 2;
   const uint32_t x_bytes = p.x_rows * 128;  // one block
   const int rows = ((2 * Shape::kBlocks - 1) >> scale_shift) + 1;
   const uint32_t bytes = Shape::kBlocks * ((kX ? x_bytes : 0) + (kCodes ? Shape::kCodeBytes : 0)) +
@@ -253,14 +255,25 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
   const uint64_t keep = ptx::PolicyEvictLast();
   const uint64_t weight_policy =
       p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
+  const int first_block = expert * static_cast<int>(CeilDiv(p.k, kBlockK));
 
   // The group of the next row of scales, and how many codes of it are left.
   const int first_k = begin * Shape::kBlocks * kBlockK;
   int group = min(first_k / p.group_size, p.groups - 1);
   int left = static_cast<int>(
       min(static_cast<int64_t>(group + 1) * p.group_size - first_k, int64_t{INT_MAX}));
-  const T* scales = static_cast<const T*>(p.scales) + static_cast<int64_t>(group) * p.n + n0;
-  const T* zeros = static_cast<const T*>(p.zeros) + static_cast<int64_t>(group) * p.n + n0;
+  const auto next_group = [&](int codes) {  // of which the next row is
+    const bool next = left <= 0 && group + 1 < p.groups;
+    if (next) {
+      ++group;
+      left += p.group_size;
+    }
+    left -= codes;
+    return next;
+  };
+  const int64_t first_row = static_cast<int64_t>(expert) * p.groups;
+  const T* scales = static_cast<const T*>(p.scales) + (first_row + group) * p.n + n0;
+  const T* zeros = static_cast<const T*>(p.zeros) + (first_row + group) * p.n + n0;
 
   int slot = 0;
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
@@ -283,18 +296,21 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
                             m0, full, keep);
       }
     }
-    if constexpr (kScales) {
-      uint32_t row_at = shared + slot * (Shape::kScaleRows * Shape::kRowBytes);
+    uint32_t row_at = shared + slot * (Shape::kScaleRows * Shape::kRowBytes);
+    if constexpr (kScales && kBoxes) {
+      if (rows == 1) next_group(Shape::kBlocks * kBlockK);
+      const int row = static_cast<int>(first_row) + (rows == 1 ? group : chunk * rows);
+      ptx::TensorLoad2d(row_at + Shape::kScaleOffset, &maps.scales, n0, row, full, weight_policy);
+      if constexpr (Shape::kHasZeros)
+        ptx::TensorLoad2d(row_at + Shape::kZeroOffset, &maps.zeros, n0, row, full, weight_policy);
+    } else if constexpr (kScales) {
 #pragma unroll 1
       for (int row = 0; row < rows; ++row) {
         // Codes beyond K meet zeros of x; they take the last group's scale.
-        if (left <= 0 && group + 1 < p.groups) {
-          ++group;
-          left += p.group_size;
+        if (next_group(32 << scale_shift)) {
           scales += p.n;
           zeros += p.n;
         }
-        left -= 32 << scale_shift;
         ptx::BulkLoad(row_at + Shape::kScaleOffset, scales, row_bytes, full, weight_policy);
         if constexpr (Shape::kHasZeros)
           ptx::BulkLoad(row_at + Shape::kZeroOffset, zeros, row_bytes, full, weight_policy);
@@ -606,10 +622,10 @@ __device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, 
   *tile_n = inside / width;
 }
 
-// The work of a CTA: rows n0 .. of the weight times tokens m0 .. , which `find` tells it.
+// The work of a CTA: rows n0 .. of the expert's weight times tokens m0 .. , which `find` tells it.
 template <typename T, typename Shape, typename Find>
-__device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParams& p,
-                                         int first_block, const Find& find) {
+__device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParams& p, int expert,
+                                         const Find& find) {
   static_assert(Shape::kCtasPerSm > 0, "too much shared memory");
   extern __shared__ __align__(1024) char storage[];
   const uint32_t shared = ptx::SharedAddress(storage);
@@ -657,9 +673,15 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
     find(&n0, &m0);
     const auto produce = [&]<bool kCodes, bool kX, bool kScales>() {
-      if (ptx::ElectOne())
-        ProduceStages<T, Shape, kCodes, kX, kScales>(maps, p, shared, begin, end, first_block, n0,
-                                                     m0, scale_shift);
+      if (!ptx::ElectOne()) return;
+      const auto run = [&]<bool kBoxes>() {
+        ProduceStages<T, Shape, kCodes, kX, kScales, kBoxes>(maps, p, shared, begin, end, expert,
+                                                             n0, m0, scale_shift);
+      };
+      if constexpr (kScales && Shape::kHasScaleBoxes) {
+        if (p.scales_in_boxes) return run.template operator()<true>();
+      }
+      run.template operator()<false>();
     };
     if (warp == kProducerWarp)
       produce.template operator()<true, kProducers == 1, kProducers <= 2>();

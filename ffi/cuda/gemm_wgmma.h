@@ -1,5 +1,5 @@
-// Where wgmma tiles (gemm_wgmma.cuh) fold, that is, scale sums instead of weights: the one rule,
-// for the launcher and for config.cc.
+// What the launcher of wgmma tiles (gemm_wgmma.cuh) shares with their kernels and with config.cc:
+// where they fold, that is, scale sums instead of weights, and how scales come.
 #pragma once
 
 #include "config.h"
@@ -19,5 +19,9 @@ inline bool FoldsScales(const Config& config, const Problem& p) {
   return config.tile_m <= kMostFoldedTokens && !p.batch_invariant &&
          (NumGroups(p) == 1 || p.group_size % kBlockK == 0);
 }
+
+// Whether tensor copies can bring rows of scales: a box has at most 256 columns. They are preferred
+// to bulk copies, of which a thread starts one in some 50 ns.
+constexpr bool HasScaleBoxes(int tile_n) { return tile_n <= 256; }
 
 }  // namespace w4a16

@@ -29,10 +29,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   p.m = tile.end;
   if (tile.expert == e.experts) p.k = 0;
   p.tiles_m = tile.tiles_m;
-  p.scales = static_cast<const T*>(p.scales) + tile.expert * e.scale_elements;
-  p.zeros = static_cast<const T*>(p.zeros) + tile.expert * e.scale_elements;
-  const int first_block = tile.expert * static_cast<int>(CeilDiv(params.k, kBlockK));
-  GemmTile<T, Shape>(maps, p, first_block, [&](int* n0, int* m0) {
+  GemmTile<T, Shape>(maps, p, tile.expert, [&](int* n0, int* m0) {
     *n0 = tile.index / tile.tiles_m * Shape::kTileN;
     *m0 = tile.first + tile.index % tile.tiles_m * Shape::kTileM;
   });

@@ -62,6 +62,14 @@ Status EncodeTensorMapInBlocks(const void* data, DType type, int64_t rows, int64
   return Encode(data, TypeOf(type), 3, extents, steps_bytes, box, CU_TENSOR_MAP_SWIZZLE_128B, map);
 }
 
+Status EncodeTensorMapOfScales(const void* data, DType type, int64_t groups, int64_t n,
+                               int box_groups, int box_n, CUtensorMap* map) {
+  const cuuint64_t extents[] = {static_cast<cuuint64_t>(n), static_cast<cuuint64_t>(groups)};
+  const cuuint64_t steps_bytes[] = {static_cast<cuuint64_t>(n) * 2};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_n), static_cast<cuuint32_t>(box_groups)};
+  return Encode(data, TypeOf(type), 2, extents, steps_bytes, box, CU_TENSOR_MAP_SWIZZLE_NONE, map);
+}
+
 Status EncodeTensorMapOfCodes(const uint32_t* qweight, int64_t n, int64_t k, int box_blocks_n,
                               int box_blocks_k, CUtensorMap* map) {
   const cuuint64_t extents[] = {kBlockWords, static_cast<cuuint64_t>(BlocksN(n)),

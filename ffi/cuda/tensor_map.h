@@ -18,6 +18,11 @@ Status EncodeTensorMap(const void* data, DType type, int64_t rows, int64_t colum
 Status EncodeTensorMapInBlocks(const void* data, DType type, int64_t rows, int64_t columns,
                                int box_rows, int box_blocks, CUtensorMap* map);
 
+// Scales or zeros, groups x n, in boxes of box_groups x box_n, row by row. What lies outside reads
+// as zero. n % 8 == 0, box_n <= 256.
+Status EncodeTensorMapOfScales(const void* data, DType type, int64_t groups, int64_t n,
+                               int box_groups, int box_n, CUtensorMap* map);
+
 // Packed weights (layout.h) in boxes of box_blocks_n x box_blocks_k blocks; coordinates are (word,
 // block along N, block along K). What lies outside reads as zero.
 Status EncodeTensorMapOfCodes(const uint32_t* qweight, int64_t n, int64_t k, int box_blocks_n,
