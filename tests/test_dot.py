@@ -61,10 +61,14 @@ def test_one_hot_rows_give_the_dequantised_weight(implementation, group_size, ze
             np.testing.assert_array_equal(got, want[rows], err_msg=f"{case} rows {m}")
 
 
-def test_one_hot_with_any_scale_rounds_once(implementation):
+@pytest.mark.parametrize("smallest", [None, 2.0**-14, 200.0])  # of the scales, up to twice that
+def test_one_hot_with_any_scale_rounds_once(implementation, smallest):
     for dtype, zeros in itertools.product(dtypes_for(implementation), ("none", "integer", "fractional")):
         case = oracle.Case(64, 64, 48, 32, dtype, dtype, zeros, seed=2)
         ops = oracle.operands(case)
+        if smallest is not None:
+            spread = np.random.default_rng(2).uniform(1, 2, ops.scales.shape)
+            ops.scales = (smallest * spread).astype(ops.scales.dtype)
         ops.x = np.eye(64).astype(ops.x.dtype)
         want = ops.weight(case.group).astype(np.float32)
         got = run(case, ops, implementation)
