@@ -21,7 +21,8 @@ inline bool FoldsScales(const Config& config, const Problem& p) {
 }
 
 // Whether tensor copies can bring rows of scales: a box has at most 256 columns. They are preferred
-// to bulk copies, of which a thread starts one in some 50 ns.
+// to bulk copies, of which a thread starts one in some 50 ns: 4096 x 14336 at M = 64 (H200) 18.5 ->
+// 17.3 us in groups of 128, 28.5 -> 17.4 in groups of 32.
 constexpr bool HasScaleBoxes(int tile_n) { return tile_n <= 256; }
 
 }  // namespace w4a16
