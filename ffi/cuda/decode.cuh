@@ -400,7 +400,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage,
           if constexpr (kAffine) {
             D::Affine(words[r][s], a);
           } else {
-            D::template Exact<kSymmetricZero>(words[r][s], a);
+            D::Exact(words[r][s], a);
           }
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)

@@ -55,14 +55,14 @@ __device__ __forceinline__ void CodeBits(uint32_t w, uint32_t (&a)[4]) {
 template <typename T>
 struct Dequantizer;
 
+static_assert(kSymmetricZero == 8);
+
 template <>
 struct Dequantizer<__half> {
-  // a = code - kZero.
-  template <int kZero>
+  // a = code - 8.
   __device__ static __forceinline__ void Exact(uint32_t w, uint32_t (&a)[4]) {
-    static_assert(kZero == 0 || kZero == 8);
-    constexpr uint32_t kLow = kZero == 0 ? 0xe400e400 : 0xe408e408;   // -(1024 + kZero)
-    constexpr uint32_t kHigh = kZero == 0 ? 0xd400d400 : 0xd480d480;  // -(64 + kZero)
+    constexpr uint32_t kLow = 0xe408e408;   // -(1024 + 8)
+    constexpr uint32_t kHigh = 0xd480d480;  // -(64 + 8)
     const uint32_t v = w >> 8;
     a[0] = AddF16x2(AndOr(w, 0x000f000f, 0x64006400), kLow);
     a[1] = AddF16x2(AndOr(w, 0x00f000f0, 0x54005400), kHigh);
@@ -92,11 +92,9 @@ struct Dequantizer<__half> {
 
 template <>
 struct Dequantizer<__nv_bfloat16> {
-  template <int kZero>
   __device__ static __forceinline__ void Exact(uint32_t w, uint32_t (&a)[4]) {
-    static_assert(kZero == 0 || kZero == 8);
     constexpr uint32_t kOne = 0x3f803f80;
-    constexpr uint32_t kMinus = kZero == 0 ? 0xc300c300 : 0xc308c308;  // -(128 + kZero)
+    constexpr uint32_t kMinus = 0xc308c308;  // -(128 + 8)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       a[i] = FmaBf16x2(AndOr(w >> (4 * i), 0x000f000f, 0x43004300), kOne, kMinus);
@@ -159,7 +157,7 @@ struct WeightMaker {
     if constexpr (kFromBits)
       CodeBits(word, to);
     else
-      D::template Exact<kSymmetricZero>(word, to);
+      D::Exact(word, to);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i & 1;

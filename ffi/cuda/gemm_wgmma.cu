@@ -9,12 +9,15 @@
 namespace w4a16 {
 namespace {
 
-// As many rows of scales as a stage of `blocks` blocks meets, if it is that for every stage: groups
-// are whole parts of stages, or whole stages.
-int ScaleRows(const Problem& p, int blocks) {
+// Rows of a box of scales, as many as a stage of `blocks` blocks meets; 0 where bulk copies bring
+// them: groups are neither whole parts of stages nor whole stages, or a box would reach from one of
+// the weights into the next.
+int ScaleBoxRows(const Problem& p, const Config& config, int blocks, int64_t weights) {
   const int64_t stage_k = blocks * kBlockK;
+  if (!HasScaleBoxes(config.tile_n)) return 0;
   if (NumGroups(p) == 1 || p.group_size % stage_k == 0) return 1;
-  return stage_k % p.group_size == 0 ? static_cast<int>(stage_k / p.group_size) : 0;
+  if (stage_k % p.group_size != 0 || (weights > 1 && p.k % stage_k != 0)) return 0;
+  return static_cast<int>(stage_k / p.group_size);
 }
 
 // For a kernel whose stages hold `blocks` blocks, and weights one after the other.
@@ -22,11 +25,6 @@ WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config, 
                      int64_t weights) {
   // Tokens beyond M need not be there: whatever is, their sums are not stored.
   const int x_rows = static_cast<int>(std::min<int64_t>(config.tile_m, CeilDiv(p.m, 8) * 8));
-  const int scale_rows = ScaleRows(p, blocks);
-  const bool scales_in_boxes = HasScaleBoxes(config.tile_n) && scale_rows > 0 && weights > 0 &&
-                               weights * NumGroups(p) <= INT_MAX &&
-                               // Rows beyond K would be the next weight's.
-                               (scale_rows == 1 || weights == 1 || p.k % (blocks * kBlockK) == 0);
   return {
       .scales = o.scales,
       .zeros = o.zeros,
@@ -41,13 +39,12 @@ WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config, 
       .tiles_n = static_cast<int>(CeilDiv(p.n, config.tile_n)),
       .x_rows = x_rows,
       .x_in_blocks = p.k % kBlockK == 0 && x_rows == config.tile_m,
-      .scales_in_boxes = scales_in_boxes,
+      .scales_in_boxes = ScaleBoxRows(p, config, blocks, weights) > 0,
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
 }
 
-// For a kernel whose stages hold `blocks` blocks, and weights one after the other.
 Status EncodeMaps(const Problem& p, const Operands& o, const Config& config,
                   const WgmmaParams& params, int blocks, int64_t weights, WgmmaMaps* maps) {
   if (Status s =
@@ -64,10 +61,11 @@ Status EncodeMaps(const Problem& p, const Operands& o, const Config& config,
                                         config.tile_n / kBlockN, blocks, &maps->codes);
       !s.ok())
     return s;
-  if (!params.scales_in_boxes) return {};
-  const auto encode = [&](const void* rows, CUtensorMap* map) {
-    return EncodeTensorMapOfScales(rows, p.x_dtype, weights * NumGroups(p), p.n,
-                                   ScaleRows(p, blocks), config.tile_n, map);
+  const int box_rows = ScaleBoxRows(p, config, blocks, weights);
+  if (box_rows == 0) return {};
+  const auto encode = [&](const void* data, CUtensorMap* map) {
+    return EncodeTensorMapOfScales(data, p.x_dtype, weights * NumGroups(p), p.n, box_rows,
+                                   config.tile_n, map);
   };
   if (Status s = encode(o.scales, &maps->scales); !s.ok()) return s;
   return p.has_zeros ? encode(o.zeros, &maps->zeros) : Status{};
