@@ -10,8 +10,9 @@ namespace w4a16 {
 namespace {
 
 constexpr Config kConfigs[] = {
-#define W4A16_COSTS(START, STEP, TILE, FILL) \
-  .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, .fill = FILL##f
+#define W4A16_COSTS(START, STEP, TILE, FILL, ...)               \
+  .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, \
+  .fill = FILL##f __VA_OPT__(, .resident = __VA_ARGS__)
 #define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                          \
   {.name = "decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
    .family = Family::kDecode,                                                                \

@@ -38,6 +38,7 @@ struct Config {
   Schedule schedule = Schedule::kNone;
   Scheduler scheduler = Scheduler::kDataParallel;
   float start_us = 0, step_ns = 0, tile_us = 0, fill = 1;  // measured: heuristics.cc
+  int resident = 1;
 };
 
 // All compiled configurations, in the order of configs.inc.

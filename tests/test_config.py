@@ -110,6 +110,37 @@ def test_choices_are_near_the_best_measured(file, most, worst):
     assert max(losses.values()) <= worst, max(losses, key=losses.get)
 
 
+def test_fitted_costs_choose_as_the_library_does():
+    configs = {config["name"]: config for config in _w4a16.configs()}
+    costs, names = fit_costs.read(configs), set()
+    for n, k, m in itertools.product(
+        (576, 4096, 7168, 57344), (2048, 8192, 18944), (1, 8, 16, 64, 384, 1024)
+    ):
+        args = problem(m, n, k, x_dtype="float16", out_dtype="float16")
+        us = {
+            name: cost.predict(configs[name], n, k, m)
+            for name, cost in costs.items()
+            if _w4a16.can_implement(name, **args, **HOPPER) is None
+        }
+        chosen, _ = _w4a16.select(**args, **HOPPER)
+        assert us[chosen] == pytest.approx(min(us.values()), rel=1e-5), (n, k, m)
+        names.add(chosen)
+    assert len(names) >= 10
+
+
+def test_costs_are_written_as_they_are_read(tmp_path):
+    configs = {config["name"]: config for config in _w4a16.configs()}
+    costs, file = fit_costs.read(configs), tmp_path / "configs.inc"
+    file.write_text(fit_costs.CONFIGS.read_text())
+    fit_costs.write(costs, configs, file)
+    assert file.read_text() == fit_costs.CONFIGS.read_text()
+    assert max(cost.resident for cost in costs.values()) > 1
+    moved = {name: dataclasses.replace(cost, start=cost.start + 1) for name, cost in costs.items()}
+    fit_costs.write(moved, configs, file)
+    again = fit_costs.read(configs, file)
+    assert all(again[name].start == pytest.approx(moved[name].start) for name in costs)
+
+
 def test_refined_costs_choose_better():
     configs = {config["name"]: config for config in _w4a16.configs()}
     sweep = json.loads((store.RESULTS / "h200_sweep.json").read_text())["rows"]
