@@ -136,6 +136,16 @@ const char* HopperRefusal(const Problem& p, int compute_capability) {
   return nullptr;
 }
 
+// Whether decode's code on such a device has clusters. Later devices run that of sm_80, compiled
+// anew by the driver.
+constexpr bool HasClusters(int compute_capability) {
+#ifdef W4A16_NO_CLUSTERS
+  return false;
+#else
+  return compute_capability == 90;
+#endif
+}
+
 // The configuration that serves a batch-invariant problem whatever M is, where Hopper's cannot.
 bool IsInvariantDecode(const Config& config) {
   for (const Config& c : kConfigs) {
@@ -172,8 +182,8 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
   if (p.batch_invariant && !SumsInOneOrder(p, cc, config))
     return Refuse(config, "sums in an order of its own; a batch-invariant result needs one order");
   if (config.family == Family::kDecode) {
-    if (config.split_k > 1 && cc < 90)
-      return Refuse(config, "split-K is a cluster, which needs compute capability 9.0 or later");
+    if (config.split_k > 1 && !HasClusters(cc))
+      return Refuse(config, "split-K is a cluster, compiled for compute capability 9.0 alone");
     return CheckSharedMemory(device, config, SharedMemoryOfDecode(p, config).total_bytes);
   }
   if (const char* why = HopperRefusal(p, cc); why != nullptr) return Refuse(config, why);

@@ -233,12 +233,19 @@ def test_without_workspace_nothing_that_needs_one():
         assert workspace == 0
 
 
-def test_other_gpus_get_the_portable_kernel():
-    family = {c["name"]: c["family"] for c in _w4a16.configs()}
-    for capability in (80, 86, 89, 120):
-        for m in (1, 64, 4096):
-            config, _ = _w4a16.select(**problem(m, 4096, 4096), compute_capability=capability, num_sms=100)
-            assert family[config] == "decode"
+@pytest.mark.parametrize("capability", [80, 86, 89, 100, 103, 120])
+def test_other_gpus_get_the_portable_kernel(capability):
+    """Without clusters, which the code of sm_80 has not, whatever device runs it."""
+    configs, device = {c["name"]: c for c in _w4a16.configs()}, {"num_sms": 148}
+    for m, (n, k) in itertools.product((1, 8, 16, 64, 4096), [*SHAPES, (1024, 8192), (96, 100)]):
+        args = problem(m, n, k)
+        config, _ = _w4a16.select(**args, compute_capability=capability, **device)
+        assert configs[config]["family"] == "decode"
+        assert configs[config]["split_k"] == 1
+    for name, c in configs.items():
+        if c["split_k"] > 1:
+            refusal = _w4a16.can_implement(name, **args, compute_capability=capability, **device)
+            assert "compute capability 9.0 alone" in refusal or "ragged" in refusal
 
 
 def test_old_gpu_is_refused_with_the_reason():

@@ -5,7 +5,7 @@ set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${configs}")
 file(STRINGS "${configs}" lines REGEX "^W4A16_CUTLASS\\(")
 foreach(line ${lines})
   # The costs at the end of a line are the heuristic's: a new measurement compiles nothing anew.
-  string(REGEX REPLACE "(, [0-9.]+)(, [0-9.]+)(, [0-9.]+)(, [0-9.]+)\\)$" ")" line "${line}")
+  string(REGEX REPLACE "(, [0-9]+\\.[0-9]+)+(, [0-9]+)?\\)$" ")" line "${line}")
   string(REGEX MATCH "\\(([0-9]+), ([0-9]+)," tile "${line}")
   set(tile ${CMAKE_MATCH_1}x${CMAKE_MATCH_2})
   list(APPEND tiles ${tile})

@@ -131,10 +131,9 @@ __device__ __forceinline__ void MakeExpertTable(const ExpertParams& e, uint32_t 
 }
 
 // Zeroes rows `first` to m of `out`, which are no expert's, with all threads of the grid.
-__device__ __forceinline__ void ClearRows(void* out, uint32_t first, int m, int row_bytes) {
-  const int64_t end = static_cast<int64_t>(m) * row_bytes / 2;
-  int64_t i = static_cast<int64_t>(first) * row_bytes / 2 +
-              static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+__device__ __forceinline__ void ClearRows(void* out, uint32_t first, int m, int64_t row_bytes) {
+  const int64_t end = m * row_bytes / 2;
+  int64_t i = first * row_bytes / 2 + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (; i < end; i += static_cast<int64_t>(gridDim.x) * blockDim.x)
     static_cast<uint16_t*>(out)[i] = 0;
 }

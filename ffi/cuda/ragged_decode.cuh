@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kRaggedThreads, 1)
   if (threadIdx.x < 32) MakeExpertTable<kTileM>(e, p.m, table);
   __syncthreads();
   const ExpertEnd all = e.experts > 0 ? table[e.experts - 1] : ExpertEnd{0, 0};
-  ClearRows(p.out, all.rows, p.m, p.n * (p.out_float32 ? 4 : 2));
+  ClearRows(p.out, all.rows, p.m, int64_t{p.n} * (p.out_float32 ? 4 : 2));
 
   // Of the widths that are compiled in, the one with which the CTA with the most tiles has least to
   // do, in blocks of 16 x 64 codes: so much for each tile and for each of its blocks along K,

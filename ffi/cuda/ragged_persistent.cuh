@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (warp == 0) MakeExpertTable<Shape::kTileM>(e, p.m, table);
   __syncthreads();
   const ExpertEnd all = e.experts > 0 ? table[e.experts - 1] : ExpertEnd{0, 0};
-  ClearRows(p.out, all.rows, p.m, p.n * (p.out_is_f32 ? 4 : 2));
+  ClearRows(p.out, all.rows, p.m, int64_t{p.n} * (p.out_is_f32 ? 4 : 2));
   RunUnits<T, Shape>(maps, p, RaggedUnits{e, table, static_cast<int>(all.tiles * e.tiles_n)},
                      shared, warp);
 #else

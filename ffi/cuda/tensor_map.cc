@@ -14,9 +14,14 @@ struct Encoder {
 Encoder FindEncoder() {
   void* symbol = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess) return {nullptr, ToStatus(error, "cudaGetDriverEntryPointByVersion")};
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION < 12050
+  const cudaError_t error = cudaGetDriverEntryPoint(kName, &symbol, cudaEnableDefault, &found);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(kName, &symbol, 12000, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess) return {nullptr, ToStatus(error, "cudaGetDriverEntryPoint")};
   if (found != cudaDriverEntryPointSuccess)
     return {nullptr, Status::Unsupported("the driver has no cuTensorMapEncodeTiled")};
   return {reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol), {}};
