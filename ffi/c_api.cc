@@ -21,15 +21,22 @@ w4a16_status ToC(const Status& status) {
   return result;
 }
 
-// Runs `body`, which returns a Status; an exception (out of memory) becomes a status too.
+w4a16_status Failed(const char* what) {
+  w4a16_status result = {W4A16_INTERNAL, {}};
+  std::strncpy(result.message, what, sizeof(result.message) - 1);
+  return result;
+}
+
+// Runs `body`, which returns a Status; an exception (out of memory, or of a caller's executor)
+// becomes a status too.
 template <typename Body>
 w4a16_status Guard(Body&& body) noexcept {
   try {
     return ToC(body());
   } catch (const std::exception& error) {
-    w4a16_status result = {W4A16_INTERNAL, {}};
-    std::strncpy(result.message, error.what(), sizeof(result.message) - 1);
-    return result;
+    return Failed(error.what());
+  } catch (...) {
+    return Failed("an exception of unknown type");
   }
 }
 
@@ -52,24 +59,27 @@ class CallbackExecutor final : public cpu::Executor {
 };
 
 template <typename Body>
-void OnExecutor(const w4a16_executor* callbacks, Body&& body) {
-  if (callbacks != nullptr) {
+Status OnExecutor(const w4a16_executor* callbacks, Body&& body) {
+  if (callbacks == nullptr) {
+    cpu::ThreadExecutor executor(0);
+    body(executor);
+  } else if (callbacks->parallel_for != nullptr) {
     CallbackExecutor executor(*callbacks);
     body(executor);
   } else {
-    cpu::ThreadExecutor executor(0);
-    body(executor);
+    return Status::Invalid("executor: expected a parallel_for, got null");
   }
+  return {};
 }
 
-Status CheckPointer(const char* name, const void* pointer) {
+Status CheckPresent(const char* name, const void* pointer) {
   if (pointer == nullptr)
     return Status::Invalid(std::string(name) + ": expected a pointer, got null");
   return {};
 }
 
 Status LookUp(const char* name, const Config** config) {
-  if (Status s = CheckPointer("config", name); !s.ok()) return s;
+  if (Status s = CheckPresent("config", name); !s.ok()) return s;
   *config = FindConfig(name);
   if (*config == nullptr)
     return Status::Invalid("config: expected a compiled configuration, got \"" + std::string(name) +
@@ -78,8 +88,8 @@ Status LookUp(const char* name, const Config** config) {
 }
 
 Status CheckCall(const w4a16_problem* problem, const void* other, const char* other_name) {
-  if (Status s = CheckPointer("problem", problem); !s.ok()) return s;
-  if (Status s = CheckPointer(other_name, other); !s.ok()) return s;
+  if (Status s = CheckPresent("problem", problem); !s.ok()) return s;
+  if (Status s = CheckPresent(other_name, other); !s.ok()) return s;
   return CheckProblem(*problem);
 }
 
@@ -89,13 +99,25 @@ Status CheckCall(const w4a16_problem* problem, int64_t experts, const void* othe
   return CheckRaggedProblem(*problem, experts);
 }
 
-// The checks that pack, dequantise and quantise share: they are a product's without x.
+// An array that the caller gives by `name`.
+struct Values {
+  const char* name;
+  const void* data;
+  DType dtype;
+};
+
+Status CheckType(const char* name, DType dtype) {
+  if (dtype >= W4A16_F16 && dtype <= W4A16_F32) return {};
+  return Status::Invalid(std::string(name) + ": unknown type " +
+                         std::to_string(static_cast<int>(dtype)));
+}
+
+// The checks that dequantise and quantise share. `values` are [K, N].
 Status CheckWeight(int64_t k, int64_t n, int64_t group_size, const uint32_t* qweight,
-                   const void* scales, const void* zeros, DType scale_dtype, const void* values,
-                   DType values_dtype) {
-  if (values_dtype < W4A16_F16 || values_dtype > W4A16_F32)
-    return Status::Invalid("values: unknown type " + std::to_string(values_dtype));
-  const Problem p = {.m = 1,
+                   const void* scales, const void* zeros, DType scale_dtype, const Values& values) {
+  if (Status s = CheckType(values.name, values.dtype); !s.ok()) return s;
+  if (Status s = CheckType("scales", scale_dtype); !s.ok()) return s;
+  const Problem p = {.m = 0,
                      .n = n,
                      .k = k,
                      .group_size = group_size,
@@ -105,21 +127,19 @@ Status CheckWeight(int64_t k, int64_t n, int64_t group_size, const uint32_t* qwe
                      .has_bias = 0,
                      .batch_invariant = 0};
   if (Status s = CheckProblem(p); !s.ok()) return s;
-  const Operands o = {.x = values,
-                      .qweight = qweight,
-                      .scales = scales,
-                      .zeros = zeros,
-                      .bias = nullptr,
-                      .out = const_cast<void*>(values),
-                      .workspace = nullptr,
-                      .workspace_bytes = 0,
-                      .alpha = 1.0f};
-  return CheckOperands(p, o);
+  const int64_t elements = NumGroups(p) * n;
+  for (const Status& s :
+       {CheckPointer(values.name, values.data, k * n), CheckPointer("qweight", qweight, k * n),
+        CheckPointer("scales", scales, elements),
+        CheckPointer("zeros", zeros, zeros == nullptr ? 0 : elements)}) {
+    if (!s.ok()) return s;
+  }
+  return {};
 }
 
 Status CheckCodes(int64_t k, int64_t n, const uint32_t* qweight, const uint8_t* codes) {
   static const float kNoScales alignas(16) = 0;
-  return CheckWeight(k, n, k, qweight, &kNoScales, nullptr, W4A16_F16, codes, W4A16_F16);
+  return CheckWeight(k, n, k, qweight, &kNoScales, nullptr, W4A16_F16, {"codes", codes, W4A16_F16});
 }
 
 #ifdef W4A16_WITH_CUDA
@@ -165,7 +185,7 @@ w4a16_status w4a16_select(const w4a16_problem* problem, const w4a16_device* devi
                           int64_t workspace_limit_bytes, const char** config) {
   return Guard([&]() -> Status {
     if (Status s = CheckCall(problem, device, "device"); !s.ok()) return s;
-    if (Status s = CheckPointer("config", config); !s.ok()) return s;
+    if (Status s = CheckPresent("config", config); !s.ok()) return s;
     const Config* chosen = nullptr;
     if (Status s = Select(*problem, *device, workspace_limit_bytes, &chosen); !s.ok()) return s;
     *config = chosen->name;
@@ -187,7 +207,7 @@ w4a16_status w4a16_workspace_bytes(const w4a16_problem* problem, const w4a16_dev
                                    const char* config, int64_t* bytes) {
   return Guard([&]() -> Status {
     if (Status s = CheckCall(problem, device, "device"); !s.ok()) return s;
-    if (Status s = CheckPointer("bytes", bytes); !s.ok()) return s;
+    if (Status s = CheckPresent("bytes", bytes); !s.ok()) return s;
     const Config* found = nullptr;
     if (Status s = LookUp(config, &found); !s.ok()) return s;
     *bytes = WorkspaceBytes(*problem, *device, *found);
@@ -200,8 +220,7 @@ w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_operands* o
   return Guard([&]() -> Status {
     if (Status s = CheckCall(problem, operands, "operands"); !s.ok()) return s;
     if (Status s = CheckOperands(*problem, *operands); !s.ok()) return s;
-    OnExecutor(executor, [&](cpu::Executor& e) { cpu::Dot(*problem, *operands, e); });
-    return {};
+    return OnExecutor(executor, [&](cpu::Executor& e) { cpu::Dot(*problem, *operands, e); });
   });
 }
 
@@ -209,7 +228,7 @@ w4a16_status w4a16_ragged_select(const w4a16_problem* problem, int64_t experts,
                                  const w4a16_device* device, const char** config) {
   return Guard([&]() -> Status {
     if (Status s = CheckCall(problem, experts, device, "device"); !s.ok()) return s;
-    if (Status s = CheckPointer("config", config); !s.ok()) return s;
+    if (Status s = CheckPresent("config", config); !s.ok()) return s;
     const Config* chosen = nullptr;
     if (Status s = SelectRagged(*problem, experts, *device, &chosen); !s.ok()) return s;
     *config = chosen->name;
@@ -234,9 +253,8 @@ w4a16_status w4a16_ragged_run_cpu(const w4a16_problem* problem, int64_t experts,
     if (Status s = CheckCall(problem, experts, operands, "operands"); !s.ok()) return s;
     const Experts e = {experts, group_sizes};
     if (Status s = CheckRaggedOperands(*problem, e, *operands); !s.ok()) return s;
-    OnExecutor(executor,
-               [&](cpu::Executor& threads) { cpu::RaggedDot(*problem, e, *operands, threads); });
-    return {};
+    return OnExecutor(
+        executor, [&](cpu::Executor& threads) { cpu::RaggedDot(*problem, e, *operands, threads); });
   });
 }
 
@@ -244,8 +262,7 @@ w4a16_status w4a16_pack_cpu(const uint8_t* codes, int64_t k, int64_t n, uint32_t
                             const w4a16_executor* executor) {
   return Guard([&]() -> Status {
     if (Status s = CheckCodes(k, n, qweight, codes); !s.ok()) return s;
-    OnExecutor(executor, [&](cpu::Executor& e) { cpu::Pack(codes, k, n, qweight, e); });
-    return {};
+    return OnExecutor(executor, [&](cpu::Executor& e) { cpu::Pack(codes, k, n, qweight, e); });
   });
 }
 
@@ -254,14 +271,13 @@ w4a16_status w4a16_dequantize_cpu(const uint32_t* qweight, const void* scales, c
                                   w4a16_dtype out_dtype, void* out,
                                   const w4a16_executor* executor) {
   return Guard([&]() -> Status {
-    if (Status s =
-            CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype, out, out_dtype);
+    if (Status s = CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype,
+                               {"out", out, out_dtype});
         !s.ok())
       return s;
-    OnExecutor(executor, [&](cpu::Executor& e) {
+    return OnExecutor(executor, [&](cpu::Executor& e) {
       cpu::Dequantize(qweight, scales, zeros, scale_dtype, k, n, group_size, out_dtype, out, e);
     });
-    return {};
   });
 }
 
@@ -269,13 +285,13 @@ w4a16_status w4a16_quantize_cpu(const void* w, w4a16_dtype w_dtype, int64_t k, i
                                 int64_t group_size, w4a16_dtype scale_dtype, uint32_t* qweight,
                                 void* scales, void* zeros, const w4a16_executor* executor) {
   return Guard([&]() -> Status {
-    if (Status s = CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype, w, w_dtype);
+    if (Status s =
+            CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype, {"w", w, w_dtype});
         !s.ok())
       return s;
-    OnExecutor(executor, [&](cpu::Executor& e) {
+    return OnExecutor(executor, [&](cpu::Executor& e) {
       cpu::Quantize(w, w_dtype, k, n, group_size, scale_dtype, qweight, scales, zeros, e);
     });
-    return {};
   });
 }
 
@@ -283,7 +299,7 @@ w4a16_status w4a16_quantize_cpu(const void* w, w4a16_dtype w_dtype, int64_t k, i
 
 w4a16_status w4a16_current_device(w4a16_device* device) {
   return Guard([&]() -> Status {
-    if (Status s = CheckPointer("device", device); !s.ok()) return s;
+    if (Status s = CheckPresent("device", device); !s.ok()) return s;
     return CurrentDevice(device);
   });
 }
@@ -325,8 +341,8 @@ w4a16_status w4a16_dequantize_cuda(const uint32_t* qweight, const void* scales, 
                                    int64_t group_size, w4a16_dtype out_dtype, void* out,
                                    void* stream) {
   return Guard([&]() -> Status {
-    if (Status s =
-            CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype, out, out_dtype);
+    if (Status s = CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype,
+                               {"out", out, out_dtype});
         !s.ok())
       return s;
     return DequantizeCuda(qweight, scales, zeros, scale_dtype, k, n, group_size, out_dtype, out,
@@ -338,7 +354,8 @@ w4a16_status w4a16_quantize_cuda(const void* w, w4a16_dtype w_dtype, int64_t k, 
                                  int64_t group_size, w4a16_dtype scale_dtype, uint32_t* qweight,
                                  void* scales, void* zeros, void* stream) {
   return Guard([&]() -> Status {
-    if (Status s = CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype, w, w_dtype);
+    if (Status s =
+            CheckWeight(k, n, group_size, qweight, scales, zeros, scale_dtype, {"w", w, w_dtype});
         !s.ok())
       return s;
     return QuantizeCuda(w, w_dtype, k, n, group_size, scale_dtype, qweight, scales, zeros,
@@ -348,10 +365,10 @@ w4a16_status w4a16_quantize_cuda(const void* w, w4a16_dtype w_dtype, int64_t k, 
 
 w4a16_status w4a16_read_floor_cuda(const void* data, int64_t bytes, void* sink, void* stream) {
   return Guard([&]() -> Status {
-    if (Status s = CheckPointer("data", data); !s.ok()) return s;
-    if (Status s = CheckPointer("sink", sink); !s.ok()) return s;
     if (bytes < 0 || bytes % 16 != 0)
       return Status::Invalid("bytes: expected a multiple of 16, got " + std::to_string(bytes));
+    if (Status s = CheckPointer("data", data, bytes); !s.ok()) return s;
+    if (Status s = CheckPointer("sink", sink, bytes); !s.ok()) return s;
     return ReadFloorCuda(data, bytes, sink, static_cast<cudaStream_t>(stream));
   });
 }

@@ -8,6 +8,7 @@
 // 4 ... up to M, and --config all every configuration that can serve: then there is a row for each.
 // Exit status 0: all results were right; 1: one was not; 2: the call could not be made.
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -42,6 +43,8 @@ void Check(const w4a16_status& status) {
   if (status.code != W4A16_OK) Die(status.message);
 }
 
+constexpr int64_t kMostSize = int64_t{1} << 30, kMostRepeats = 1'000'000;
+
 struct Options {
   std::vector<int64_t> m;
   int64_t n = 0, k = 0, group_size = 128;
@@ -51,18 +54,20 @@ struct Options {
   int repeats = 50;
 };
 
-int64_t ParseInt(const char* text) {
-  char* end = nullptr;
-  const long long value = std::strtoll(text, &end, 10);
-  if (*text == '\0' || *end != '\0') Die(std::string("expected a number, got \"") + text + "\"");
-  return value;
+int64_t ParseInt(const std::string& name, const std::string& text, int64_t least, int64_t most) {
+  int64_t value = 0;
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (error == std::errc() && stop == end && value >= least && value <= most) return value;
+  Die(name + ": expected a number from " + std::to_string(least) + " to " + std::to_string(most) +
+      ", got \"" + text + "\"");
 }
 
-std::vector<int64_t> ParseInts(const std::string& text) {
+std::vector<int64_t> ParseInts(const std::string& name, const std::string& text, int64_t least) {
   std::vector<int64_t> values;
   for (size_t begin = 0, end; begin <= text.size(); begin = end + 1) {
     end = std::min(text.find(',', begin), text.size());
-    values.push_back(ParseInt(text.substr(begin, end - begin).c_str()));
+    values.push_back(ParseInt(name, text.substr(begin, end - begin), least, kMostSize));
   }
   return values;
 }
@@ -81,7 +86,7 @@ Options Parse(int argc, char** argv) {
       std::fputs(kUsage, stdout);
       std::exit(0);
     } else if (arg == "--group-size") {
-      options.group_size = ParseInt(value());
+      options.group_size = ParseInt(arg, value(), -1, kMostSize);
     } else if (arg == "--dtype") {
       const std::string name = value();
       if (name != "float16" && name != "bfloat16")
@@ -90,7 +95,7 @@ Options Parse(int argc, char** argv) {
     } else if (arg == "--config") {
       options.config = value();
     } else if (arg == "--repeats") {
-      options.repeats = static_cast<int>(ParseInt(value()));
+      options.repeats = static_cast<int>(ParseInt(arg, value(), 0, kMostRepeats));
     } else if (arg == "--zeros") {
       options.zeros = true;
     } else if (arg == "--bias") {
@@ -110,9 +115,9 @@ Options Parse(int argc, char** argv) {
     }
   }
   if (sizes.size() != 3) Die(std::string("expected M N K\n") + kUsage);
-  options.m = ParseInts(sizes[0]);
-  options.n = ParseInt(sizes[1].c_str());
-  options.k = ParseInt(sizes[2].c_str());
+  options.m = ParseInts("M", sizes[0], sweep ? 1 : 0);
+  options.n = ParseInt("N", sizes[1], 0, kMostSize);
+  options.k = ParseInt("K", sizes[2], 0, kMostSize);
   if (sweep) {
     const int64_t most = options.m.back();
     options.m.clear();
@@ -198,7 +203,7 @@ class CpuRunner {
     outcome.kernel = std::string("cpu_") + w4a16_cpu_instruction_set();
     outcome.worst_error = expected.WorstError(out);
     std::vector<double> times;
-    for (int i = 0; i < std::min(repeats, kMostRepeats); ++i) {
+    for (int i = 0; i < std::min(repeats, kMostCalls); ++i) {
       const auto start = std::chrono::steady_clock::now();
       Check(w4a16_run_cpu(&p, &operands, nullptr));
       const std::chrono::duration<double, std::micro> elapsed =
@@ -210,7 +215,7 @@ class CpuRunner {
   }
 
  private:
-  static constexpr int kMostRepeats = 20;
+  static constexpr int kMostCalls = 20;
   const HostCase& host_;
 };
 
@@ -466,4 +471,10 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace w4a16
 
-int main(int argc, char** argv) { return w4a16::Main(argc, argv); }
+int main(int argc, char** argv) {
+  try {
+    return w4a16::Main(argc, argv);
+  } catch (const std::exception& error) {  // out of memory
+    w4a16::Die(error.what());
+  }
+}

@@ -16,6 +16,8 @@ Status CheckExtent(const char* name, int64_t value) {
   return Status::Invalid(Got(name, value) + ": expected 0.." + std::to_string(kMaxExtent));
 }
 
+}  // namespace
+
 Status CheckPointer(const char* name, const void* pointer, int64_t elements) {
   if (elements == 0) return {};
   if (pointer == nullptr)
@@ -23,8 +25,6 @@ Status CheckPointer(const char* name, const void* pointer, int64_t elements) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16 == 0) return {};
   return Status::Invalid(std::string(name) + ": expected an address aligned to 16 bytes");
 }
-
-}  // namespace
 
 Status CheckProblem(const Problem& p) {
   for (auto [name, value] : {std::pair{"M", p.m}, std::pair{"N", p.n}, std::pair{"K", p.k}}) {
@@ -45,8 +45,8 @@ Status CheckProblem(const Problem& p) {
 Status CheckOperands(const Problem& p, const Operands& o) {
   if (o.workspace_bytes < 0)
     return Status::Invalid(Got("workspace_bytes", o.workspace_bytes) + ": expected at least 0");
-  const int64_t groups = NumGroups(p);
-  const int64_t weights = BlocksK(p.k) * BlocksN(p.n);
+  // Of no rows, nothing is read.
+  const int64_t scales = p.m > 0 ? NumGroups(p) * p.n : 0;
   struct Row {
     const char* name;
     const void* pointer;
@@ -54,9 +54,9 @@ Status CheckOperands(const Problem& p, const Operands& o) {
   };
   const Row rows[] = {
       {"x", o.x, p.m * p.k},
-      {"qweight", o.qweight, p.m * weights},
-      {"scales", o.scales, p.m * groups * p.n},
-      {"zeros", o.zeros, p.has_zeros ? p.m * groups * p.n : 0},
+      {"qweight", o.qweight, p.m > 0 ? BlocksK(p.k) * BlocksN(p.n) : 0},
+      {"scales", o.scales, scales},
+      {"zeros", o.zeros, p.has_zeros ? scales : 0},
       {"bias", o.bias, p.has_bias ? p.m * p.n : 0},
       {"out", o.out, p.m * p.n},
       {"workspace", o.workspace, o.workspace_bytes},

@@ -25,6 +25,9 @@ constexpr int64_t NumGroups(const Problem& p) { return NumGroups(p.k, p.group_si
 // Sizes that no kernel's index arithmetic can overflow, known types, a usable group size.
 Status CheckProblem(const Problem& p);
 
+// Present and aligned to 16 bytes, if it is of any elements.
+Status CheckPointer(const char* name, const void* pointer, int64_t elements);
+
 // Pointers present and aligned to 16 bytes. `p` has passed CheckProblem.
 Status CheckOperands(const Problem& p, const Operands& o);
 

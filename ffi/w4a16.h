@@ -4,9 +4,9 @@
  * scale[k/g, n]
  *
  * x, scales, zeros, bias are of one type (x_dtype); accumulation is float32. All arrays are dense
- * and row-major. The weight is packed (layout.h): uint32[ceil(K/64)][ceil(N/16)][128]. scales and
- * zeros are [ceil(K/group_size), N]. zeros may be NULL: every zero point is then 8. bias may be
- * NULL.
+ * and row-major; M, N and K are at most 2^30. The weight is packed (layout.h):
+ * uint32[ceil(K/64)][ceil(N/16)][128]. scales and zeros are [ceil(K/group_size), N]. zeros may be
+ * NULL: every zero point is then 8. bias may be NULL.
  *
  * Functions named *_cuda take device pointers and a cudaStream_t (as void*) and only enqueue work:
  * they neither allocate nor synchronise. Functions named *_cpu take host pointers and return when
@@ -45,7 +45,8 @@ typedef struct {
 typedef enum {
   W4A16_F16 = 0,
   W4A16_BF16 = 1,
-  W4A16_F32 = 2, /* as x_dtype: CPU only */
+  W4A16_F32 = 2,                   /* as x_dtype: CPU only */
+  W4A16_NO_DTYPE = -0x7fffffff - 1 /* makes room for any int, which a call then refuses */
 } w4a16_dtype;
 
 /* The static part of a call. */
@@ -130,10 +131,10 @@ W4A16_API w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_o
 /* The ragged product (mixture of experts): row m of x times the weight of its expert.
  *
  * The M rows of x are sorted by expert: the first group_sizes[0] are expert 0's, and so on.
- * qweight, scales and zeros hold `experts` weights one after the other. Rows beyond the sum of
- * group_sizes give zeros; a negative size counts as 0, and what exceeds M is cut off. group_sizes
- * are int32[experts], on the device for _cuda, which never reads them on the host. problem's
- * has_bias and batch_invariant must be 0; no workspace is needed. */
+ * qweight, scales and zeros hold `experts` (at most 65536) weights one after the other. Rows beyond
+ * the sum of group_sizes give zeros; a negative size counts as 0, and what exceeds M is cut off.
+ * group_sizes are int32[experts], on the device for _cuda, which never reads them on the host.
+ * problem's has_bias and batch_invariant must be 0; no workspace is needed. */
 W4A16_API w4a16_status w4a16_ragged_select(const w4a16_problem* problem, int64_t experts,
                                            const w4a16_device* device, const char** config);
 W4A16_API w4a16_status w4a16_ragged_can_implement(const w4a16_problem* problem, int64_t experts,
@@ -175,7 +176,7 @@ W4A16_API w4a16_status w4a16_quantize_cpu(const void* w, w4a16_dtype w_dtype, in
                                           uint32_t* qweight, void* scales, void* zeros,
                                           const w4a16_executor* executor);
 
-/* Reads `bytes` bytes (a multiple of 16) once, as fast as the device can, and writes 4 bytes to
+/* Reads `bytes` bytes (a multiple of 16) once, as fast as the device can, and may write 4 bytes to
  * `sink`: the floor that a decode kernel is measured against. */
 W4A16_API w4a16_status w4a16_read_floor_cuda(const void* data, int64_t bytes, void* sink,
                                              void* stream);

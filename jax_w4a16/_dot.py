@@ -9,6 +9,7 @@ from jax_w4a16 import _checks, _ffi, _primitive, _ragged
 from jax_w4a16._types import QuantizedWeight
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference")
+MOST_EXPERTS = 2**16  # of the native library (problem.cc)
 
 
 def dot(
@@ -127,8 +128,8 @@ def ragged_dot(
 
     Args:
       x: activations [M, K], float16, bfloat16 or (CPU and reference only) float32.
-      qw: a QuantizedWeight stacked along one leading dimension, the experts E, without permutation and
-        input_scale; or packed codes, uint32 [E, ceil(K/64), ceil(N/16), 128].
+      qw: a QuantizedWeight stacked along one leading dimension, the experts E (at most 65,536), without
+        permutation and input_scale; or packed codes, uint32 [E, ceil(K/64), ceil(N/16), 128].
       scales: [E, ceil(K/g), N] of x's type, where qw is an array.
       zeros: like scales, in units of codes; None means 8.
       group_sizes: rows of each expert, int32 [E]; need not be known when the program is compiled.
@@ -155,6 +156,10 @@ def ragged_dot(
     _checks.dtype("qweight", qweight, jnp.uint32)
     _checks.rank("qweight", qweight, 4)
     experts = qweight.shape[0]
+    if experts > MOST_EXPERTS:
+        raise ValueError(
+            f"qweight: expected at most {MOST_EXPERTS} experts, got shape {tuple(qweight.shape)}"
+        )
     for name, value in (("scales", scales), ("zeros", zeros)):
         if value is not None:
             _checks.rank(name, _checks.array(name, value), 3)

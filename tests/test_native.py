@@ -55,6 +55,7 @@ def library():
         "run_cpu",
         "pack_cpu",
         "dequantize_cpu",
+        "quantize_cpu",
         "run_cuda",
         "ragged_select",
         "ragged_run_cpu",
@@ -160,6 +161,88 @@ def test_null_structs(library):
     assert library.w4a16_run_cpu(c.byref(call.problem), None, None).code == INVALID
 
 
+def test_operands_of_huge_products_are_checked(library):
+    """M * ceil(K/64) * ceil(N/16) is 2^64."""
+    call = Call()
+    call.problem.m = call.problem.n = 2**30
+    call.problem.k = 2**14
+    call.operands.qweight = None
+    status = call.run(library)
+    assert status.code == INVALID
+    assert "qweight: expected a pointer" in status.message.decode()
+
+
+@pytest.mark.parametrize("missing", ["codes", "w", "out", "qweight", "scales"])
+def test_weights_without_an_array(library, missing):
+    call = Call()
+    data = {name: array.ctypes.data for name, array in call.arrays.items()}
+    data |= {"codes": data["x"], "w": data["x"], missing: None}
+    names = {
+        "codes": ["pack"],
+        "w": ["quantize"],
+        "out": ["dequantize"],
+        "scales": ["quantize", "dequantize"],
+    }
+    k, n, g = (c.c_int64(size) for size in (K, N, G))
+    qweight, scales, codes, w, out = (
+        c.c_void_p(data[name]) for name in ("qweight", "scales", "codes", "w", "out")
+    )
+    calls = {
+        "pack": lambda: library.w4a16_pack_cpu(codes, k, n, qweight, None),
+        "quantize": lambda: library.w4a16_quantize_cpu(w, F16, k, n, g, F16, qweight, scales, None, None),
+        "dequantize": lambda: library.w4a16_dequantize_cpu(
+            qweight, scales, None, F16, k, n, g, F16, out, None
+        ),
+    }
+    for name in names.get(missing, list(calls)):
+        status = calls[name]()
+        assert status.code == INVALID
+        assert status.message.decode() == f"{missing}: expected a pointer, got null"
+
+
+def test_empty_weights_need_no_arrays(library):
+    for k, n in ((64, 0), (0, 16)):
+        k, n, g = c.c_int64(k), c.c_int64(n), c.c_int64(64)
+        assert library.w4a16_pack_cpu(None, k, n, None, None).code == OK
+        assert library.w4a16_dequantize_cpu(None, None, None, F16, k, n, g, F16, None, None).code == OK
+        assert library.w4a16_quantize_cpu(None, F16, k, n, g, F16, None, None, None, None).code == OK
+
+
+def test_unknown_types_of_weights(library):
+    k, n, g = c.c_int64(K), c.c_int64(N), c.c_int64(G)
+    status = library.w4a16_quantize_cpu(None, 7, k, n, g, F16, None, None, None, None)
+    assert (status.code, status.message) == (INVALID, b"w: unknown type 7")
+    status = library.w4a16_quantize_cpu(None, F16, k, n, g, -1, None, None, None, None)
+    assert (status.code, status.message) == (INVALID, b"scales: unknown type -1")
+
+
+Task = c.CFUNCTYPE(None, c.c_void_p, c.c_int64)
+ParallelFor = c.CFUNCTYPE(None, c.c_void_p, c.c_int64, Task, c.c_void_p)
+
+
+class Executor(c.Structure):
+    _fields_ = [("context", c.c_void_p), ("num_threads", c.c_int), ("parallel_for", ParallelFor)]
+
+
+@pytest.mark.parametrize("num_threads", [1, 0, -5, 2**29, 2**30, 2**31 - 1])
+def test_executor_with_any_number_of_threads(library, num_threads):
+    @ParallelFor
+    def in_turn(_, tasks, task, arg):
+        for i in range(tasks):
+            task(arg, i)
+
+    call, executor = Call(), Executor(None, num_threads, in_turn)
+    status = library.w4a16_run_cpu(c.byref(call.problem), c.byref(call.operands), c.byref(executor))
+    assert status.code == OK, status.message
+    np.testing.assert_array_equal(call.arrays["out"], K)
+
+
+def test_executor_without_parallel_for(library):
+    call, executor = Call(), Executor(None, 2, ParallelFor())
+    status = library.w4a16_run_cpu(c.byref(call.problem), c.byref(call.operands), c.byref(executor))
+    assert (status.code, status.message) == (INVALID, b"executor: expected a parallel_for, got null")
+
+
 def test_select_through_c(library):
     problem, device, config = Problem(1, 4096, 4096, 128, F16, F16, 0, 0), Device(90, 132), c.c_char_p()
     status = library.w4a16_select(c.byref(problem), c.byref(device), c.c_int64(-1), c.byref(config))
@@ -261,6 +344,13 @@ def test_program_sweep_and_json():
         ((1, 2, 3, "--nonsense"), "unknown argument"),
         ((1, 2, 3, "--config"), "expected a value"),
         ((1, 64, 64, "--group-size", 48), "group_size = 48"),
+        ((1, 64, 64, "--group-size", -7), "--group-size: expected a number from -1"),
+        ((1, 64, "9" * 20), "K: expected a number from 0"),
+        ((2**63 - 1, 16, 64, "--sweep"), "M: expected a number from 1"),
+        ((0, 16, 64, "--sweep"), "M: expected a number from 1"),
+        ((1, 64, 64, "--repeats", 2**32 + 1), "--repeats: expected a number"),
+        ((1, 64, 64, "--repeats", -3), "--repeats: expected a number"),
+        ((1, 10**9, 10**9), "alloc"),
     ],
 )
 def test_program_refuses(args, message):

@@ -369,6 +369,11 @@ MALFORMED = [
     ({"qw": zeros((4, 3, 128), np.uint32)}, ValueError, "qweight: expected 4 dimensions"),
     ({"qw": zeros((4, 4, 3, 128), np.int32)}, TypeError, "qweight: expected uint32, got int32"),
     ({"qw": zeros((4, 4, 4, 128), np.uint32)}, ValueError, r"qweight: expected shape \(4, 3, 128\)"),
+    (
+        {"qw": np.broadcast_to(np.uint32(0), (65537, 4, 3, 128))},
+        ValueError,
+        "qweight: expected at most 65536",
+    ),
     ({"qw": zeros((5, 4, 3, 128), np.uint32)}, ValueError, "scales: expected the 5 experts of qweight"),
     ({"scales": None}, TypeError, "scales: expected an array"),
     ({"scales": zeros((4, 48))}, ValueError, "scales: expected 3 dimensions"),

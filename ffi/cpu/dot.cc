@@ -65,7 +65,7 @@ void DotWith(Isa isa, const Problem& p, const Operands& o, Executor& executor) {
 
   // Several strips for each thread, so that threads end together.
   const int64_t strip_blocks = std::clamp<int64_t>(
-      CeilDiv(blocks_n, 4 * std::max(executor.num_threads(), 1)), 1, kStripBlocks);
+      CeilDiv(blocks_n, int64_t{4} * std::max(executor.num_threads(), 1)), 1, kStripBlocks);
   for (int64_t row = 0; row < p.m; row += kStripRows) {
     const int rows = static_cast<int>(std::min<int64_t>(p.m - row, kStripRows));
     const int tiles = static_cast<int>(CeilDiv(rows, kernel.tile_rows));

@@ -34,6 +34,8 @@ Error Guard(Body&& body) noexcept {
     return body();
   } catch (const std::exception& error) {
     return Error::Internal(error.what());
+  } catch (...) {
+    return Error::Internal("an exception of unknown type");
   }
 }
 
