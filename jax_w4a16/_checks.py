@@ -1,5 +1,6 @@
 """Checks of arguments. Every message names the operand, what was expected and what was got."""
 
+import math
 import numbers
 from typing import Any
 
@@ -66,8 +67,11 @@ def real(name: str, value: Any) -> float:
         raise TypeError(f"{name}: expected a number, got a traced value; multiply the result by it instead")
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    with np.errstate(over="ignore"):
-        result = float(np.float32(value))
+    try:
+        with np.errstate(over="ignore"):
+            result = float(np.float32(value))
+    except OverflowError:  # an integer beyond float64
+        result = math.inf
     if not np.isfinite(result):
         raise ValueError(f"{name}: expected a number that is finite in float32, got {value!r}")
     return result
@@ -106,6 +110,12 @@ def permutation(value: Any, k: int) -> None:
     if value is not None:
         dtype("permutation", array("permutation", value), jnp.int32)
         shape("permutation", value, (k,), f" for K = {k}")
+
+
+def input_scale(value: Any, k: int) -> None:
+    """Type and shape of a weight's input_scale."""
+    floating("input_scale", array("input_scale", value))
+    shape("input_scale", value, (k,), f" for K = {k}")
 
 
 def weight(qweight: Any, scales: Any, zeros: Any, k: int, size: Any) -> int:

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_w4a16 import _checks, _ffi, _primitive, _ragged
+from jax_w4a16 import _checks, _ffi, _primitive, _ragged, _sharding
 from jax_w4a16._types import QuantizedWeight
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference")
@@ -28,7 +28,8 @@ def dot(
     """alpha * x @ w + bias for a weight w [K, N] of packed 4-bit codes.
 
     w[k, n] = (code[k, n] - zeros[k/g, n]) * scales[k/g, n]. Sums are float32; alpha and bias are applied in
-    float32, before the one rounding to the result's type. Differentiable in x, scales, zeros and bias.
+    float32, before the one rounding to the result's type. Differentiable in x, scales, zeros and bias; the
+    gradient with respect to x takes the weight in the result's type: in float16, what is beyond 65504 is inf.
 
     Args:
       x: activations [..., K], float16, bfloat16 or (CPU and reference only) float32.
@@ -64,7 +65,7 @@ def dot(
     if isinstance(qw, QuantizedWeight) and k != qw.in_features:
         raise ValueError(f"x: expected shape [..., K = {qw.in_features}], got {tuple(x.shape)}")
     if isinstance(qw, QuantizedWeight) and qw.input_scale is not None:
-        _checks.shape("input_scale", _checks.array("input_scale", qw.input_scale), (k,), f" for K = {k}")
+        _checks.input_scale(qw.input_scale, k)
         x = x * qw.input_scale.astype(x.dtype)
     size = _checks.weight(qweight, scales, zeros, k, group_size)
     permutation = qw.permutation if isinstance(qw, QuantizedWeight) else None
@@ -87,7 +88,7 @@ def dot(
 @functools.partial(jax.jit, static_argnums=6, inline=True)
 def _dot(x, qweight, scales, zeros, bias, permutation, params):
     if permutation is not None:
-        x = x[..., permutation]
+        x = _sharding.whole_along(x, -1)[..., permutation]
     group_size, alpha, out_dtype, batch_invariant, implementation = params
     return _primitive.dot(
         x,
@@ -216,7 +217,7 @@ def _result_dtype(x, preferred_element_type):
 
 
 def _check_implementation(implementation) -> None:
-    if implementation not in IMPLEMENTATIONS:
+    if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "cuda" and not _ffi.has_cuda():
         raise ValueError(

@@ -329,6 +329,16 @@ def sum_terms(terms: list, out):
     return functools.reduce(ad.add_jaxvals, terms)
 
 
+def scales_cotangent(ct, x, qweight, zeros, *, group_size, implementation):
+    """x^T ct summed over each group's codes - zeros: float32 [ceil(K/g), N], for ct [M, N] and x [M, K]."""
+    x = x.astype(ct.dtype)
+    sums = group_sums(_codes_times(x, qweight, ct, implementation).T, _layout.ceil_div(group_size, 32)).T
+    if zeros is not None:
+        group_ct = jnp.matmul(group_sums(x, group_size).T, ct.astype(_F32), precision=lax.Precision.HIGHEST)
+        sums -= (zeros.astype(_F32) - _layout.SYMMETRIC_ZERO) * group_ct
+    return sums
+
+
 def _codes_times(x, qweight, ct, implementation):
     """float32 sums over 32 rows each of (code - 8)[k, n] * (x^T ct)[k, n]: [ceil(K/32), N].
 
@@ -339,12 +349,12 @@ def _codes_times(x, qweight, ct, implementation):
 
     def some_blocks(some_x, some_qweight):
         rows = some_x.shape[1]
-        ones = jnp.ones((1, n), some_x.dtype)
+        group_size = max(min(rows, _layout.BLOCK_K), 1)  # of whole blocks, so that K may be split
         codes = dequantize(
             some_qweight,
-            ones,
+            jnp.ones((_layout.num_groups(rows, group_size), n), some_x.dtype),
             k=rows,
-            group_size=rows,
+            group_size=group_size,
             dtype=some_x.dtype,
             implementation=implementation,
         )
@@ -383,15 +393,10 @@ def _dot_transpose(ct, x, qweight, scales, *rest, has_zeros, has_bias, group_siz
         dx = alpha * lax.dot_general(ct, w, contract, preferred_element_type=_F32)
         results[0] = dx.astype(x.aval.dtype)
     else:
-        k, n = x.shape[-1], ct.shape[-1]
-        x, ct = x.reshape(-1, k).astype(ct.dtype), ct.reshape(-1, n)
-        sums = group_sums(_codes_times(x, qweight, ct, implementation).T, _layout.ceil_div(group_size, 32)).T
-        if zeros is not None:
-            group_ct = jnp.matmul(
-                group_sums(x, group_size).T, ct.astype(_F32), precision=lax.Precision.HIGHEST
-            )
-            sums -= (zeros.astype(_F32) - _layout.SYMMETRIC_ZERO) * group_ct
-        results[2] = (alpha * sums).astype(scales.aval.dtype)
+        rows = math.prod(x.shape[:-1])
+        x, ct = x.reshape(rows, x.shape[-1]), ct.reshape(rows, ct.shape[-1])
+        shared = {"group_size": group_size, "implementation": implementation}
+        results[2] = (alpha * scales_cotangent(ct, x, qweight, zeros, **shared)).astype(scales.aval.dtype)
     return results
 
 

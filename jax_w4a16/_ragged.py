@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.interpreters import ad, mlir
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_w4a16 import _config, _primitive, _reference, _sharding
@@ -32,24 +31,24 @@ def ragged_dot(
 ):
     """Binds w4a16_ragged_dot. Arguments have been checked; group_size is at least K if per column."""
     operands = [x, group_sizes, qweight, scales] + ([] if zeros is None else [zeros])
-    return ragged_dot_p.bind(
-        *_sharding.vary_alike(_replicated(operands)),
-        has_zeros=zeros is not None,
-        group_size=group_size,
-        out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
-        implementation=implementation,
-        config=config,
-    )
 
+    def bind(*operands):
+        return ragged_dot_p.bind(
+            *_sharding.vary_alike(operands),
+            has_zeros=zeros is not None,
+            group_size=group_size,
+            out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
+            implementation=implementation,
+            config=config,
+        )
 
-def _replicated(operands: list) -> list:
-    """The operands, whole on every device as far as axes are Explicit."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit not in mesh.axis_types:
-        return operands
+    axes = _sharding.explicit_axes()
+    if not axes:
+        return bind(*operands)
     if any(entry is not None for operand in operands for entry in jax.typeof(operand).sharding.spec):
         _warn_whole()
-    return [jax.sharding.reshard(operand, P()) for operand in operands]
+    whole = jax.shard_map(bind, in_specs=P(), out_specs=P(), axis_names=axes)
+    return whole(*(jax.sharding.reshard(operand, P()) for operand in operands))
 
 
 def _warn_whole() -> None:
@@ -130,10 +129,10 @@ def _transpose(ct, x, group_sizes, qweight, scales, *zeros, group_size, implemen
 
         def of_expert(some):
             begin, end, qweight, *zeros = some
-            own = jnp.where((rows >= begin) & (rows < end), x, 0)
-            run = lambda scales: _primitive.dot(own, qweight, scales, *zeros, out_dtype=ct.dtype, **shared)
-            one = jax.ShapeDtypeStruct(scales.aval.shape[1:], scales.aval.dtype)
-            return jax.linear_transpose(run, one)(ct)[0]
+            own = lambda a: jnp.where((rows >= begin) & (rows < end), a, 0)
+            zeros = zeros[0] if zeros else None
+            sums = _primitive.scales_cotangent(own(ct), own(x), qweight, zeros, **shared)
+            return sums.astype(scales.aval.dtype)
 
         begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         results[3] = lax.map(of_expert, (begins, ends, qweight, *zeros))

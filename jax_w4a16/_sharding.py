@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src import dispatch
+from jax._src import core, dispatch
 from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
@@ -264,13 +264,28 @@ def partitioned(ctx, weight: Weight, names: Sequence[str], local: Callable) -> C
 # Explicit axes ---------------------------------------------------------------------------------------------
 
 
-def explicit(weight: Weight, operands: dict[str, jax.Array], local: Callable) -> jax.Array | None:
-    """The call inside a shard_map over the Explicit axes of the operands' mesh; None where there are none."""
+def explicit_axes() -> set[str]:
+    """The Explicit axes of the mesh at hand, but for those that a vmap has taken."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    return axes - set(core.get_axis_env().explicit_mesh_axis_names)
+
+
+def whole_along(x: jax.Array, axis: int) -> jax.Array:
+    """x, not split along `axis` as far as axes are Explicit."""
+    spec = [*jax.typeof(x).sharding.spec]
+    if spec[axis] is None:
+        return x
+    spec[axis] = None
+    return jax.sharding.reshard(x, P(*spec))
+
+
+def explicit(weight: Weight, operands: dict[str, jax.Array], local: Callable) -> jax.Array | None:
+    """The call inside a shard_map over the Explicit axes of the operands' mesh; None where there are none."""
+    axes = explicit_axes()
     if not axes:
         return None
-    names = tuple(operands)
+    names, mesh = tuple(operands), jax.sharding.get_abstract_mesh()
     plan = make_plan(weight, mesh, {name: jax.typeof(a).sharding.spec for name, a in operands.items()})
     in_specs = tuple(plan.operand(name) for name in names)
     run = jax.shard_map(

@@ -319,6 +319,71 @@ def test_shard_map_over_experts():
     np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("split", ["columns", "experts"])
+def test_gradient_of_scales_in_shard_map(split, check_vma):
+    experts = Experts.make(oracle.Case(20, 256, 64, 64, zeros="integer"), experts=8)
+    spec, sizes = {
+        "columns": (P(None, None, "d"), np.tile(np.int32([3, 0, 5, 1, 2, 4, 0, 3]), 4)),
+        "experts": (P("d"), np.int32([3, 5, 20, 0, 8, 1, 2, 2])),  # each device's of all rows
+    }[split]
+    run = lambda x, sizes, qw, scales, zeros: experts.run(
+        sizes, "cpu", x=x, qw=qw, scales=scales, zeros=zeros
+    )
+    total = lambda *operands: (run(*operands).astype(jnp.float32) ** 2).sum()
+    operands = experts.x, sizes, experts.qweight, experts.scales, experts.zeros
+
+    def whole(scales):
+        if split == "columns":
+            return total(experts.x, sizes[:8], experts.qweight, scales, experts.zeros)
+        parts = [slice(2 * i, 2 * i + 2) for i in range(4)]
+        return sum(total(experts.x, sizes[p], experts.qweight[p], scales[p], experts.zeros[p]) for p in parts)
+
+    parts = jax.shard_map(
+        lambda *operands: jax.lax.psum(total(*operands), "d"),
+        mesh=mesh(),
+        in_specs=(P(), P("d"), spec, spec, spec),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    got = jax.grad(lambda scales: parts(*operands[:3], scales, operands[4]))(jnp.asarray(experts.scales))
+    want = np.asarray(jax.grad(whole)(jnp.asarray(experts.scales)), np.float32)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.01 * np.abs(want).max())
+
+
+def test_a_cotangent_that_is_not_finite_stays_with_its_expert():
+    experts = Experts.make(oracle.Case(9, 256, 48, 64, zeros="integer"))
+    run = lambda scales: experts.run([2, 3, 0, 1], "cpu", scales=scales)
+    out, pull = jax.vjp(run, jnp.asarray(experts.scales))
+    (want,) = pull(jnp.ones_like(out))
+    for row, spoilt in ((8, None), (3, 1)):  # of no expert; of the second
+        (got,) = pull(jnp.ones_like(out).at[row].set(jnp.inf))
+        for expert in range(4):
+            if expert == spoilt:
+                assert not np.isfinite(np.asarray(got[expert], np.float32)).all()
+            else:
+                np.testing.assert_array_equal(got[expert], want[expert])
+
+
+def test_everything_under_explicit_axes():
+    experts, sizes = Experts.make(oracle.Case(9, 256, 64, 64, zeros="fractional")), [3, 0, 5, 1]
+    operands = {"x": experts.x, "scales": experts.scales, "zeros": experts.zeros}
+    operands = {name: jnp.asarray(value) for name, value in operands.items()}
+    run = lambda implementation, operands: experts.run(sizes, implementation, **operands)
+    loss = lambda operands: (run("cpu", operands).astype(jnp.float32) ** 2).sum()
+    want, reference = jax.grad(loss)(operands), run("reference", operands)
+    devices = mesh(AxisType.Explicit)
+    with jax.set_mesh(devices):
+        operands = jax.device_put(operands, NamedSharding(devices, P()))
+        got = jax.grad(loss)(operands)
+        np.testing.assert_array_equal(run("reference", operands), reference)
+    for name, value in want.items():
+        value = np.asarray(value, np.float32)
+        np.testing.assert_allclose(
+            np.asarray(got[name], np.float32), value, atol=0.01 * np.abs(value).max(), err_msg=name
+        )
+
+
 def test_check_vma_refuses_a_forgotten_sum():
     experts = Experts.make(oracle.Case(9, 256, 48, 64))
     local = lambda qweight, scales: experts.run([3, 0, 5, 1], "cpu", qw=qweight, scales=scales)

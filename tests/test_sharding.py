@@ -220,6 +220,65 @@ def test_gradients_are_those_of_one_device(mode, shape):
 
 
 @MODES
+def test_gradient_of_scales_of_a_row_split_moves_no_weight(mode, fresh_warnings):
+    mesh, qw = mesh_of((1, 4), mode), weight(256, 64)
+    with jax.set_mesh(mesh):
+        x, qw = put(mesh, (activations((M, 256)), qw), (P(None, "model"), split(qw, "model")))
+        f = jax.grad(lambda s: jax_w4a16.dot(x, qw.qweight, s, qw.zeros).astype(jnp.float32).sum())
+        got, collectives, _ = compiled(f, qw.scales)
+    assert not collectives["all-gather"]
+    x, qw = jax.device_get((x, qw))
+    check(
+        got,
+        jax.grad(lambda s: jax_w4a16.dot(x, qw.qweight, s, qw.zeros).astype(jnp.float32).sum())(qw.scales),
+    )
+
+
+def test_vmap_over_an_explicit_axis(fresh_warnings):
+    """The axis that vmap takes no longer splits the call, and a warning says so; the others do."""
+    mesh, qw, x = mesh_of((2, 4), AxisType.Explicit), weight(WIDTH, HIDDEN), activations((8, 4, WIDTH))
+    want = jax_w4a16.dot(x, qw)
+    with jax.set_mesh(mesh):
+        x, qw = put(mesh, (x, qw), (P("data"), split(qw, None, "model")))
+        with pytest.warns(UserWarning, match=r"\['data'\] automatic, those axes split nothing"):
+            got = jax.vmap(jax_w4a16.dot, (0, None))(x, qw)
+    assert jax.typeof(got).sharding.spec == P("data", None, "model")
+    np.testing.assert_array_equal(got, want)
+
+
+@MODES
+def test_permutation_of_activations_that_are_split(mode):
+    qw, x = weight(WIDTH, HIDDEN), activations()
+    order = jnp.asarray(np.random.default_rng(0).permutation(WIDTH), jnp.int32)
+    qw = dataclasses.replace(qw, permutation=order)
+    want, mesh = jax_w4a16.dot(x, qw), mesh_of((1, 4), mode)
+    with jax.set_mesh(mesh):
+        specs = dataclasses.replace(split(qw, None, "model"), permutation=P())
+        x, qw = put(mesh, (x, qw), (P(None, "model"), specs))
+        got = jax.jit(jax_w4a16.dot)(x, qw)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("search", ["mse", "fit"])
+@MODES
+def test_searches_of_a_split_weight(mode, search):
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((256, 64)), jnp.bfloat16)
+    options = {"group_size": 64, "symmetric": False, "search": search}
+    if search == "fit":
+        options["inputs"] = activations((32, 256))
+    want, mesh = jax_w4a16.quantize(w, **options), mesh_of((1, 4), mode)
+    quantize = lambda w: jax_w4a16.quantize(w, **options)
+    with jax.set_mesh(mesh):
+        if mode == AxisType.Auto:
+            quantize = jax.shard_map(
+                quantize, in_specs=P(None, "model"), out_specs=split(want, None, "model")
+            )
+        got = quantize(put(mesh, w, P(None, "model")))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@MODES
 def test_gradient_of_x_moves_no_weight(mode):
     """Backward through the column split sums over it, once, in float32; the row split needs nothing more."""
     up, down, bias = mlp_weights()

@@ -108,6 +108,19 @@ def test_second_derivatives():
     assert_close(got, want, 1e-3)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize(("m", "k", "n"), [(3, 64, 0), (3, 0, 16), (0, 64, 16)])
+def test_gradients_of_empty_operands(m, k, n, implementation):
+    qw = jax_w4a16.quantize(jnp.ones((k, n)), group_size=-1, symmetric=False, scale_dtype=jnp.float32)
+
+    def loss(x, scales, zeros):
+        return jax_w4a16.dot(x, qw.qweight, scales, zeros, group_size=-1, implementation=implementation).sum()
+
+    got = jax.grad(loss, (0, 1, 2))(jnp.ones((m, k)), qw.scales, qw.zeros)
+    for value, shape in zip(got, [(m, k), qw.scales.shape, qw.zeros.shape], strict=True):
+        np.testing.assert_array_equal(value, np.zeros(shape))
+
+
 def test_codes_get_float0():
     case = oracle.Case(2, 64, 16, 32)
     ops = oracle.operands(case)
