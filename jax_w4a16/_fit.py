@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_w4a16 import _layout, _primitive
+from jax_w4a16 import _layout, _primitive, _reference
 from jax_w4a16._types import QuantizedWeight
 
 _FIRST_RANGES = (1.0, 0.8)  # of a group's full range; the rest is clipped
@@ -55,7 +55,7 @@ def fit(w: jax.Array, input_power: jax.Array, *, group_size: int, scale_dtype) -
         codes_mean = mean(codes)
         spread = mean((codes - codes_mean) ** 2)
         slope = mean((codes - codes_mean) * (values - values_mean)) / jnp.where(spread > 0, spread, 1)
-        scale = jnp.where((spread > 0) & (slope > storage.tiny), stored(slope), scale)
+        scale = jnp.where((spread > 0) & (slope > float(storage.tiny)), stored(slope), scale)
         return scale, stored(codes_mean - values_mean / scale), best
 
     def from_range(best, part):
@@ -63,9 +63,11 @@ def fit(w: jax.Array, input_power: jax.Array, *, group_size: int, scale_dtype) -
         zero = stored(jnp.clip(-part * low / scale, 0, 15))
         return lax.fori_loop(0, _STEPS, step, (scale, zero, best))[2], None
 
-    column = jnp.zeros((groups, 1, n), jnp.float32)
-    nothing = (column + jnp.inf, jnp.zeros(values.shape, jnp.uint8), column, column)
-    best, _ = lax.scan(from_range, nothing, jnp.array(_FIRST_RANGES, jnp.float32))
+    # To nearest comes first, so that nothing is worse.
+    codes, scale, zero = _reference.round_groups(values, symmetric=False, scale_dtype=scale_dtype)
+    scale, zero = (a[:, None].astype(jnp.float32) for a in (scale, zero))
+    nearest = (mean((values - (codes - zero) * scale) ** 2), codes.astype(jnp.uint8), scale, zero)
+    best, _ = lax.scan(from_range, nearest, jnp.array(_FIRST_RANGES, jnp.float32))
     _, codes, scale, zero = best
     return QuantizedWeight(
         _primitive.pack(codes.reshape(-1, n)[:k]),

@@ -1,11 +1,12 @@
 """Fused layers: weights that meet the same inputs, side by side along N in one product."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jax_w4a16 import _layout
+from jax_w4a16 import _checks, _layout
 from jax_w4a16._types import QuantizedWeight
 
 
@@ -58,21 +59,24 @@ def split(out: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """The result [..., sum(sizes)] of a fused product -> one [..., size] for each weight.
 
     Raises:
-      ValueError: the sizes do not add up to the last dimension.
+      TypeError, ValueError: the sizes are not whole numbers from 0 that add up to the last dimension.
     """
-    if sum(sizes) != out.shape[-1]:
+    if not _checks.array("out", out).shape:
+        raise ValueError("out: expected at least 1 dimension, got none")
+    sizes = [_checks.integer(f"sizes[{i}]", size) for i, size in enumerate(sizes)]
+    if min(sizes, default=0) < 0 or sum(sizes) != out.shape[-1]:
         raise ValueError(
-            f"sizes: expected a sum of {out.shape[-1]}, out's last dimension, got {tuple(sizes)}"
+            f"sizes: expected numbers from 0 with a sum of {out.shape[-1]}, out's last dimension, got {sizes}"
         )
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    return jnp.split(out, ends, axis=-1)
+    ends = list(itertools.accumulate(sizes))
+    return [out[..., end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _alike(weight: QuantizedWeight) -> dict:
     """What weights that are fused have in common."""
     return {
         "K": weight.k,
-        "group_size": weight.group_size,
+        "group_size": -1 if weight.group_size >= weight.k else weight.group_size,
         "dtype": weight.dtype.name,
         "zeros": "none" if weight.zeros is None else "some",
         "leading dimensions": tuple(weight.scales.shape[:-2]),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_w4a16 import _fit, _primitive, _reference
+from jax_w4a16 import _fit, _primitive, _reference, _sharding
 from jax_w4a16._types import QuantizedWeight
 
 SEARCHES = (None, "mse", "awq", "fit")
@@ -76,8 +76,9 @@ def clip_ranges(w, power=None, *, group_size: int, symmetric: bool, scale_dtype)
         better = error < best[0]
         return (jnp.where(better, error, best[0]), jnp.where(better, clip, best[1])), None
 
-    full = jnp.ones((grouped.shape[0], grouped.shape[2]), jnp.float32)
-    (_, clip), _ = lax.scan(attempt, (full * jnp.inf, full), _CLIPS)
+    full = lax.full_like(grouped[:, 0], 1)
+    start = _sharding.vary_alike([full * jnp.inf, full, grouped, *([] if power is None else [power])])[:2]
+    (_, clip), _ = lax.scan(attempt, tuple(start), _CLIPS)
     codes, scales, zeros = rounded(clip)
     qweight = _primitive.pack(_rows(codes, w).astype(jnp.uint8))
     return (qweight, scales) if zeros is None else (qweight, scales, zeros)

@@ -43,7 +43,11 @@ def path(device_kind: str) -> Path:
 
 def lookup(device_kind: str, problem: "Problem") -> str | None:
     """The configuration that was tuned for exactly this problem, or None."""
-    return _table(path(device_kind), device_kind).get(_key(vars(problem)))
+    try:
+        file = path(device_kind)
+    except RuntimeError:  # there is no home folder, so nothing was tuned
+        return None
+    return _table(file, device_kind).get(_key(vars(problem)))
 
 
 def load(file: Path, device_kind: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from jax_w4a16 import _checks, _layout
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A weight [K, N] of 4-bit codes: w[k, n] = (code[k, n] - zeros[k/g, n]) * scales[k/g, n].
 
@@ -31,7 +31,7 @@ class QuantizedWeight:
     - `k` is K, and 1 + (K-1)//64 blocks of rows are there, or fewer in a shard of the weight.
 
     Nothing is checked on construction, because transformations put specs, tracers and placeholders in
-    place of the arrays.
+    place of the arrays. Weights are equal if they are the same object.
     """
 
     qweight: Any
@@ -86,10 +86,12 @@ class QuantizedWeight:
             group_size=self.group_size,
             in_features=self.in_features,
         )
+        _checks.permutation(self.permutation, self.in_features)
         if self.permutation is not None:
             w = w[jnp.argsort(self.permutation)]
         if self.input_scale is None:
             return w
+        _checks.input_scale(self.input_scale, self.in_features)
         scaled = w * self.input_scale.astype(jnp.float32)[:, None]
         return scaled.astype(_checks.float_dtype("dtype", dtype))
 

@@ -70,6 +70,15 @@ def test_tuned_comes_before_the_heuristic(cache):
     assert len(_tuned.load(cache, H200.kind)) == 3
 
 
+def test_without_a_home_nothing_was_tuned(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(_tuned.Path, "home", homeless)
+    assert _config.choose(PROBLEM, H200) == _ffi.native.select(**FACTS)
+
+
 GOOD = {"schema": 1, "device": H200.kind, "build": _tuned.build(), "choices": []}
 
 

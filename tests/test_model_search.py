@@ -109,6 +109,22 @@ def test_input_scale_can_move_into_the_norm_before():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
+def test_fit_is_no_worse_than_to_nearest():
+    """By its own measure, whatever the column; on a grid to nearest is exact."""
+    for seed in range(40):
+        w, x = weight(k=64, seed=seed)[:, :1], inputs(k=64, seed=seed + 100)
+        options = {"group_size": -1, "symmetric": False, "scale_dtype": jnp.float32}
+        power = np.mean(np.square(x, dtype=np.float64), axis=0)[:, None]
+        errors = [
+            float((power * np.square(np.asarray(qw.dequantize(), np.float64) - w)).sum())
+            for qw in (
+                jax_w4a16.quantize(w, search="fit", inputs=x, **options),
+                jax_w4a16.quantize(w, **options),
+            )
+        ]
+        assert errors[0] <= errors[1] * (1 + 1e-5), seed
+
+
 def test_fit_is_the_fit_of_the_mean_squares():
     w, x = weight(), inputs()
     got = jax_w4a16.quantize(w, group_size=64, symmetric=False, search="fit", inputs=x)

@@ -1,5 +1,6 @@
 """QuantizedWeight as a pytree, and its invariants."""
 
+import copy
 import dataclasses
 
 import jax
@@ -116,3 +117,31 @@ def test_validate(changes, error, message):
     with pytest.raises(error, match=message):
         qw.validate()
     example().validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"permutation": jnp.array([2, 0, 1], jnp.int32)},
+            ValueError,
+            r"permutation: expected shape \(200,\)",
+        ),
+        ({"permutation": jnp.arange(200.0)}, TypeError, "permutation: expected int32"),
+        ({"input_scale": jnp.ones(1)}, ValueError, r"input_scale: expected shape \(200,\)"),
+        ({"input_scale": jnp.ones(200, jnp.int32)}, TypeError, "input_scale: expected float16, bfloat16"),
+    ],
+)
+def test_products_refuse_a_malformed_change_of_the_inputs(changes, error, message):
+    bad = dataclasses.replace(example(), **changes)
+    with pytest.raises(error, match=message):
+        bad.dequantize()
+    with pytest.raises(error, match=message):
+        jax_w4a16.dot(jnp.ones((2, 200), bad.dtype), bad)
+
+
+def test_equal_is_the_same():
+    qw = example()
+    assert qw == qw
+    assert qw != copy.deepcopy(qw)
+    assert {qw: 1}[qw] == 1
