@@ -14,6 +14,8 @@ namespace w4a16 {
 inline Status ToStatus(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
   cudaGetLastError();
+  if (error == cudaErrorNoKernelImageForDevice)
+    return Status::Unsupported(std::string(what) + ": this build has no code for the device");
   return Status::Internal(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
                           cudaGetErrorString(error));
 }
