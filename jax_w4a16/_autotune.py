@@ -34,16 +34,21 @@ def shapes_of_model(file: Path) -> list[tuple[int, int]]:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-    content = content.get("text_config", content) if isinstance(content, dict) else {}
-    sizes = {}
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
-        value = content.get(name)
+    content = content if isinstance(content, dict) else {}
+    text = content.get("text_config")
+    content = text if isinstance(text, dict) else content
+
+    def size(name: str, default: int | None = None) -> int:
+        value = default if content.get(name) is None else content[name]
         if not isinstance(value, int) or value <= 0:
             raise ValueError(f"{file}: {name}: expected a positive integer, got {value!r}")
-        sizes[name] = value
-    hidden, inner, heads = sizes.values()
-    head_dim = content.get("head_dim") or hidden // heads
-    q, kv = heads * head_dim, (content.get("num_key_value_heads") or heads) * head_dim
+        return value
+
+    hidden, inner, heads = (
+        size(name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")
+    )
+    head_dim = size("head_dim", hidden // heads)
+    q, kv = heads * head_dim, size("num_key_value_heads", heads) * head_dim
     layers = [(q + 2 * kv, hidden), (q, hidden), (kv, hidden), (hidden, q)]
     layers += [(2 * inner, hidden), (inner, hidden), (hidden, inner)]
     return list(dict.fromkeys(layers))

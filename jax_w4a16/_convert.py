@@ -3,28 +3,22 @@
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jax_w4a16 import _checks, _layout, _progress
+from jax_w4a16 import _checks, _layout, _progress, _rules
 from jax_w4a16._quantize import quantize
 from jax_w4a16.checkpoint import _files, _header, _layer, _load, _save
-from jax_w4a16.checkpoint._write import Entry, Item, write
+from jax_w4a16.checkpoint._write import Entry, Item, replacing, write
 
 _QUANTIZABLE = ("F16", "BF16", "F32")
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "*.jinja",
-    "vocab*",
-)
-DEFAULT_EXCLUDE = r"lm_head|embed"
+# Of a folder's other files: configurations, tokenizers and chat templates, but none about its tensors.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab*")
+_LEFT = ("*.index.json", "quantize_config.json", "quant_config.json", "*.safetensors")
 
 
 class Quantized:
@@ -67,11 +61,12 @@ def convert(
 
     Args:
       source: as `load`'s path.
-      target: as `save`'s path.
+      target: as `save`'s path; a link is replaced, not followed. A folder also gets the source folder's
+        configurations and tokenizer.
       quantize: also quantise float weights [N, K] named `*.weight`, to nearest.
       group_size: for those.
       include: only those whose name matches this regular expression.
-      exclude: not those whose name matches this; default: embeddings and lm_head.
+      exclude: not those whose name matches this; default: what `quantize_model` leaves as it is by default.
 
     Returns:
       The exit status, 0. Errors are raised, as `load` and `save` do.
@@ -79,7 +74,7 @@ def convert(
     checkpoint = _load.open_checkpoint(source)
     layers, others = _load.find(checkpoint)
     wanted = re.compile(include or "").search
-    unwanted = re.compile(exclude if exclude is not None else DEFAULT_EXCLUDE).search
+    unwanted = re.compile(exclude if exclude is not None else _rules.DEFAULT_SKIP).search
 
     entries = [_save.entry_of_layer(name, layer) for name, layer in layers.items()]
     quantized: dict[str, Quantized] = {}
@@ -113,7 +108,8 @@ def convert(
         old, new = (sum(sizes[name] for name in names) for sizes in (before, after))
         print(f"{kind:24}{len(names):>8}{old:>18,}{new:>18,}")
     if quantized:
-        name = max(quantized, key=lambda name: quantized[name].error)
+        error = lambda name: (math.isnan(quantized[name].error), quantized[name].error)
+        name = max(quantized, key=error)
         print(f"worst error: {quantized[name].error:.4f} of the largest weight, in {name}")
     return 0
 
@@ -133,15 +129,22 @@ def _bytes(checkpoint, layers, quantized, entries) -> tuple[dict[str, int], dict
 
 def _copy_the_rest(source: Path, target: Path) -> None:
     """Configuration and tokenizer; without the quantisation that the tensors no longer have."""
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.is_file() and file.resolve() != (target / file.name).resolve():
-                shutil.copyfile(file, target / file.name)
-    config = target / "config.json"
-    if config.is_file():
-        content = _header.read_json(config)
-        kept = {k: v for k, v in content.items() if k not in ("quantization_config", "compression_config")}
-        config.write_text(json.dumps(kept, indent=2) + "\n")
+    names = {file.name for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}
+    for name in sorted(names - {file.name for pattern in _LEFT for file in source.glob(pattern)}):
+        content = (source / name).read_bytes()
+        if name == "config.json":
+            content = _unquantized(_header.read_json(source / name))
+        with replacing(target / name) as (temporary,):
+            temporary.write_bytes(content)
+
+
+def _unquantized(config: dict[str, Any]) -> bytes:
+    """The text of a config.json without what it says of quantisation."""
+    bare = lambda part: {key: part[key] for key in part if key not in _files.QUANTIZATION}
+    config = bare(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = bare(config["text_config"])
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def inspect(path: Path) -> int:

@@ -99,6 +99,14 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        return demo.main(arguments.model, arguments.checkpoint)
+    except KeyError as error:  # another model's
+        where = arguments.checkpoint or arguments.model or demo.PACKAGE
+        raise ValueError(f"{where}: expected a tensor {error.args[0]}, got none") from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jax_w4a16",
@@ -109,9 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "write a 4-bit checkpoint of another format, or a float one, in our own"
     command = commands.add_parser("convert", help=text, description=text.capitalize() + ".")
     command.add_argument("source", type=Path, metavar="IN", help="a .safetensors file, or a folder of them")
-    command.add_argument("target", type=Path, metavar="OUT", help="a .safetensors file, or a folder")
+    text = "a .safetensors file, which is replaced, as is a link, or a folder"
+    command.add_argument("target", type=Path, metavar="OUT", help=text)
     command.add_argument("--quantize", action="store_true", help="quantise float weights, to nearest")
-    command.add_argument("--group-size", type=int, default=128, help="-1: per column (default: 128)")
+    command.add_argument("--group-size", type=int, help="for --quantize; -1: per column (default: 128)")
     command.add_argument(
         "--include", type=_regex, metavar="REGEX", help="quantise only weights whose name matches"
     )
@@ -119,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude",
         type=_regex,
         metavar="REGEX",
-        help=f"but those that match (default: {_convert.DEFAULT_EXCLUDE})",
+        help="but those that match (default: embeddings, norms, heads and routers, as `quantize_model`)",
     )
 
     text = "embed sentences with MiniLM in 4 bits, and compare with float32"
@@ -176,7 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0 for success, 1 where a check failed or something needed is missing. Wrong arguments
       raise SystemExit, with status 2.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command == "convert" and not arguments.quantize:
+        for option in ("group_size", "include", "exclude"):
+            if getattr(arguments, option) is not None:
+                parser.error(f"--{option.replace('_', '-')} needs --quantize")
     try:
         if arguments.command == "info":
             return _info()
@@ -187,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.source,
                 arguments.target,
                 quantize=arguments.quantize,
-                group_size=arguments.group_size,
+                group_size=128 if arguments.group_size is None else arguments.group_size,
                 include=arguments.include,
                 exclude=arguments.exclude,
             )
@@ -195,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _convert.inspect(arguments.path)
         if arguments.command == "tune":
             return _tune(arguments)
-        return demo.main(arguments.model, arguments.checkpoint)
+        return _demo(arguments)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

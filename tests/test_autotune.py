@@ -26,6 +26,14 @@ def test_shapes_with_a_head_dim_and_a_nested_config(tmp_path):
     sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "head_dim": 128}
     shapes = _autotune.shapes_of_model(write(tmp_path / "config.json", text_config=sizes))
     assert {(4096, 2560), (2560, 4096)} <= set(shapes)
+    plain = write(tmp_path / "config.json", **sizes, text_config=None, num_key_value_heads=None)
+    assert _autotune.shapes_of_model(plain) == shapes
+
+
+def test_a_head_dim_that_is_no_number(tmp_path):
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "head_dim": "128"}
+    with pytest.raises(ValueError, match="head_dim: expected a positive integer, got '128'"):
+        _autotune.shapes_of_model(write(tmp_path / "config.json", **sizes))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"hidden_size": 64}', '{"hidden_size": "64"}'])

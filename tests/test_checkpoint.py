@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_w4a16
 from jax_w4a16 import checkpoint
-from jax_w4a16.checkpoint import _files
+from jax_w4a16.checkpoint import _files, _write
 
 K, N = 512, 128
 
@@ -89,12 +89,33 @@ def test_several_files(tmp_path):
         checkpoint.save(tmp_path, want)
 
 
+def test_arrays_named_like_absent_fields(tmp_path):
+    """They come back as arrays, and the layer as it was."""
+    qw = quantized(symmetric=True)
+    want = {
+        "a": qw,
+        "a.zeros": jnp.full_like(qw.scales, 3),
+        "a.input_scale": jnp.ones(1),
+        "a.permutation": qw,
+    }
+    for target in ("file.safetensors", "folder"):
+        checkpoint.save(tmp_path / target, want, max_file_bytes=20_000)
+        assert_same(checkpoint.load(tmp_path / target), want)
+
+
+def test_sizes_of_numpy(tmp_path):
+    want = dataclasses.replace(quantized(), k=np.int64(K), group_size=np.int64(64))
+    checkpoint.save(tmp_path / "x.safetensors", {"a": want})
+    assert_same(checkpoint.load(tmp_path / "x.safetensors"), {"a": quantized()})
+
+
 def test_other_readers_read_it(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     checkpoint.save(tmp_path / "x.safetensors", {"a": quantized(), "b": jnp.ones(3)})
     with safetensors.safe_open(tmp_path / "x.safetensors", "numpy") as file:
         assert set(file.keys()) == {"a.qweight", "a.scales", "a.zeros", "b"}
-        assert json.loads(file.metadata()["layers"]) == {"a": {"k": K, "group_size": 64}}
+        fields = ["qweight", "scales", "zeros"]
+        assert json.loads(file.metadata()["layers"]) == {"a": {"k": K, "group_size": 64, "fields": fields}}
         np.testing.assert_array_equal(file.get_tensor("a.qweight"), quantized().qweight)
 
 
@@ -131,6 +152,44 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_save_of_several_files_leaves_none(tmp_path, monkeypatch):
+    """So it can be tried again, and nothing takes a part for the whole."""
+    want = {name: quantized(seed=seed) for seed, name in enumerate("abcd")}
+    write_file, written = _write._write_file, []
+
+    def interrupted(*arguments):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        write_file(*arguments)
+
+    monkeypatch.setattr(_write, "_write_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, want, max_file_bytes=1)
+    monkeypatch.undo()
+    assert len(written) == 2
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(tmp_path, want, max_file_bytes=1)
+    assert_same(checkpoint.load(tmp_path), want)
+
+
+def test_where_a_save_cannot_go(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no: expected a folder, got none$"):
+        checkpoint.save(tmp_path / "no" / "x.safetensors", {})
+    with pytest.raises(IsADirectoryError, match=r"folder\.safetensors: expected a file, got a folder$"):
+        checkpoint.save(tmp_path / "folder.safetensors", {})
+
+
+def test_a_save_replaces_a_link(tmp_path):
+    (tmp_path / "other").write_text("other")
+    path = tmp_path / "x.safetensors"
+    path.symlink_to(tmp_path / "other")
+    checkpoint.save(path, {"a": jnp.ones(3)})
+    assert not path.is_symlink()
+    assert (tmp_path / "other").read_text() == "other"
 
 
 # Placement ----------------------------------------------------------------------------------------------
@@ -199,6 +258,7 @@ def test_one_sharding_for_all(kind, mesh, tmp_path):
         ("per_column", P("data"), "per_column: expected K = 512 .* whole groups of 512, got 2 parts"),
         ("ordered", P("data"), "ordered: expected no split along K, got 2 ways: .* activation order"),
         ("zeros", P(None, None, "data"), "zeros: expected a spec over 2 dimensions"),
+        ("stack", P("data"), r"\.safetensors: stack: expected a stack of \[3\] that splits into equal parts"),
         ("norm.weight", P("data"), r"norm.weight: expected a sharding for shape \[5\]"),
         ("scalar", P("data"), r"scalar: expected a sharding for shape \[\]"),
     ],
@@ -221,6 +281,28 @@ def test_arguments(tmp_path):
         checkpoint.load(tmp_path, dtype="float16")
     got = checkpoint.load(tmp_path, dtype="bfloat16")
     assert (got["w"].dtype, got["i"].dtype) == (jnp.bfloat16, jnp.int32)
+
+
+def test_dtype_of_a_scaled_layer(tmp_path):
+    want = scaled(quantized())
+    checkpoint.save(tmp_path / "x.safetensors", {"a": want})
+    got = checkpoint.load(tmp_path / "x.safetensors", dtype="float16")["a"]
+    assert {got.scales.dtype, got.zeros.dtype, got.input_scale.dtype} == {jnp.dtype("float16")}
+    np.testing.assert_array_equal(got.input_scale, want.input_scale.astype(jnp.float16))
+
+
+@pytest.mark.parametrize("field", ["scales", "input_scale"])
+def test_scales_that_vanish(field, tmp_path):
+    qw = scaled(quantized(dtype=jnp.float32))
+    qw = dataclasses.replace(qw, **{field: getattr(qw, field).at[..., 5].set(1e-9)})
+    checkpoint.save(tmp_path / "x.safetensors", {"a": qw})
+    with pytest.raises(
+        ValueError, match=rf"a\.{field}: expected {field} within the range of float16, got .*e-"
+    ):
+        checkpoint.load(tmp_path / "x.safetensors", dtype="float16")
+    zero = dataclasses.replace(qw, **{field: getattr(qw, field).at[..., 5].set(0)})
+    checkpoint.save(tmp_path / "x.safetensors", {"a": zero})
+    assert (getattr(checkpoint.load(tmp_path / "x.safetensors", dtype="float16")["a"], field) == 0).any()
 
 
 def test_64_bits(tmp_path):

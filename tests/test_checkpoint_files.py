@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 from formats import large
@@ -78,6 +79,28 @@ def test_short_file(data, tmp_path):
         checkpoint.load(tmp_path)
 
 
+def test_empty_file(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x.safetensors: header: expected at least 8 bytes, got 0"):
+        checkpoint.load(tmp_path)
+
+
+def test_no_metadata(tmp_path):
+    write(tmp_path / "x.safetensors", {"__metadata__": None, "a": entry()}, bytes(8))
+    assert set(checkpoint.load(tmp_path)) == {"a"}
+
+
+def test_scales_of_microscaling_formats(tmp_path):
+    """Exponents alone (F8_E8M0), beside a tensor that safetensors itself reads."""
+    entries = {"a": entry("F8_E8M0", offsets=(0, 2)), "b": entry(offsets=(2, 10))}
+    write(tmp_path / "x.safetensors", entries, bytes([127, 128]) + bytes(8))
+    got = checkpoint.load(tmp_path)
+    assert got["a"].dtype == ml_dtypes.float8_e8m0fnu
+    np.testing.assert_array_equal(np.asarray(got["a"]).astype(np.float32), [1, 2])
+    checkpoint.save(tmp_path / "out", got)
+    assert checkpoint.load(tmp_path / "out")["a"].dtype == got["a"].dtype
+
+
 def test_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing: expected a safetensors file, got none"):
         checkpoint.load(tmp_path / "nothing")
@@ -147,6 +170,18 @@ def test_index_decides(tmp_path):
         ValueError, match=r"c.safetensors: a: expected it in one file, got it in a.safetensors too"
     ):
         checkpoint.load(tmp_path)
+
+
+def test_one_of_several_files_is_missing(tmp_path):
+    for number in (1, 2, 4):
+        write(tmp_path / f"model-{number:05d}-of-00004.safetensors", {f"t{number}": entry()}, bytes(8))
+    message = (
+        r"model-00003-of-00004.safetensors: expected it beside model-00001-of-00004.safetensors, got none"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        checkpoint.load(tmp_path)
+    write(tmp_path / "model-00003-of-00004.safetensors", {"t3": entry()}, bytes(8))
+    assert set(checkpoint.load(tmp_path)) == {"t1", "t2", "t3", "t4"}
 
 
 def test_configuration(tmp_path):
@@ -257,7 +292,7 @@ def test_configuration_of_a_layer(form, config, message, tmp_path):
 
     save_file({k: np.ascontiguousarray(a) for k, a in large(form)[0].items()}, tmp_path / "x.safetensors")
     (tmp_path / "quantize_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"quantize_config\.json: {message}"):
         checkpoint.load(tmp_path)
 
 
@@ -291,6 +326,17 @@ def own(**changes):
             "a.qweight: expected k of at least 0 and groups of a",
         ),
         (own(layers='{"a": {"k": -1, "group_size": 64}}'), "a.qweight: expected k of at least 0"),
+        *(
+            (own(layers=json.dumps({"a": {"k": 512, "group_size": 64, "fields": fields}})), message)
+            for fields, message in (
+                (["qweight", "scales", "zeros"], "a.zeros: expected it, as layers says, got none"),
+                (["qweight"], "layers: expected k and group_size by name .and fields., got"),
+                (["qweight", "scales", "codes"], "layers: expected k and group_size by name"),
+                ("qweight", "layers: expected k and group_size by name"),
+                (None, "layers: expected k and group_size by name"),
+                ([[]], "layers: expected k and group_size by name"),
+            )
+        ),
     ],
 )
 def test_own_schema(metadata, message, tmp_path):

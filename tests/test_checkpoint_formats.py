@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -257,3 +258,171 @@ def test_unquantised_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
     with pytest.warns(UserWarning, match="quantised with fp8, of which no 4-bit layer was found"):
         assert set(checkpoint.load(tmp_path)) == {"a.weight"}
+
+
+# What the configuration and the shapes say
+
+
+def _layer_in(form: str, folder: Path, config=None, **sizes) -> np.ndarray:
+    """Writes a layer in a format, with a configuration or none; its weight."""
+    tensors, weight = large(form, **sizes)
+    _rewrite(folder, tensors)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return weight
+
+
+def _assert_loads(folder: Path, weight: np.ndarray) -> jax_w4a16.QuantizedWeight:
+    qw = checkpoint.load(folder)[NAME]
+    np.testing.assert_array_equal(np.asarray(qw.dequantize(jnp.float32)), weight)
+    return qw
+
+
+V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "sym": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "beside"),
+    [
+        ({"quantization_config": {**V2, "checkpoint_format": None}}, V2),
+        ({"quantization_config": {"quant_method": "gptq"}}, V2),
+        ({"text_config": {"quantization_config": V2}}, None),
+        ({"quantization_config": {}, "text_config": {"quantization_config": V2}}, None),
+        ({"quantization_config": V2}, {"checkpoint_format": "gptq"}),
+    ],
+)
+def test_where_the_configuration_is(config, beside, tmp_path):
+    """Of several files the first that says something counts; and a text model's is the model's."""
+    weight = _layer_in("gptq", tmp_path, config)
+    if beside is not None:
+        (tmp_path / "quantize_config.json").write_text(json.dumps(beside))
+    got = np.asarray(checkpoint.load(tmp_path)[NAME].dequantize(jnp.float32))
+    one_less = np.asarray(checkpoint.load(tmp_path)[NAME].scales, np.float32).repeat(64, 0)
+    np.testing.assert_allclose(got, weight + one_less, rtol=0, atol=1e-6)  # v1's zeros, read as v2's
+
+
+@pytest.mark.parametrize(
+    ("k", "g"),
+    [(512, 512), (512, 256), (512, 128), (1024, 128), (2048, 32), (2048, 64), (256, 256), (40, 40), (8, 8)],
+)
+def test_gemv_without_a_configuration(k, g, tmp_path):
+    """The padding of the scales tells the group size, where the shapes fit several."""
+    weight = _layer_in("awq_gemv", tmp_path, k=k, n=48, g=g)
+    assert _assert_loads(tmp_path, weight).group_size == (-1 if g == k else g)
+
+
+@pytest.mark.parametrize("group_size", [40, -1])
+def test_gemv_per_channel(group_size, tmp_path):
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size}
+    weight = _layer_in("awq_gemv", tmp_path, {"quantization_config": config}, k=40, n=48, g=40)
+    assert _assert_loads(tmp_path, weight).group_size == -1
+
+
+@pytest.mark.parametrize("columns", [slice(2, 3), slice(4, 8), slice(0, 8)])
+def test_gemv_whose_padding_does_not_tell(columns, tmp_path):
+    tensors, _ = large("awq_gemv", k=512, g=128)
+    scales = tensors[f"{NAME}.scales"]
+    scales[:, columns] = 1 if columns.start == 4 else 0
+    _rewrite(tmp_path, tensors)
+    message = (
+        r"a.proj.scales: expected columns of scales for one group size .* K = 512, or its group_size, got"
+    )
+    if columns.start == 4:  # eight groups of 64, whose scales would be padded to 16 columns
+        message += " 8 of 8 that are not 0"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path)
+
+
+def test_one_word_of_gptq(tmp_path):
+    """K = 8 has the shapes of AWQ's gemv too: the configuration or a g_idx tells."""
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "sym": False}}
+    weight = _layer_in("gptq", tmp_path, config, k=8, n=16, g=8)
+    _assert_loads(tmp_path, weight)
+    (tmp_path / "config.json").unlink()
+    tensors, weight = large("gptq", k=8, n=16, g=8)
+    _rewrite(tmp_path, tensors | {f"{NAME}.g_idx": np.zeros(8, np.int32)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zero points of 0
+        _assert_loads(tmp_path, weight)
+
+
+@pytest.mark.parametrize("types", [("float16", "float32"), ("float32", "float16"), ("float16", "bfloat16")])
+def test_hqq_with_two_types(types, tmp_path):
+    """Neither scales nor zeros are rounded."""
+    tensors, _ = large("hqq")
+    rng = np.random.default_rng(0)
+    for name, dtype in zip(("scale", "zero"), types, strict=True):
+        shape = tensors[f"{NAME}.{name}"].shape
+        tensors[f"{NAME}.{name}"] = rng.uniform(1, 14, shape).astype(dtype)
+    _rewrite(tmp_path, tensors)
+    qw = checkpoint.load(tmp_path)[NAME].validate()
+    for field, name in ((qw.scales, "scale"), (qw.zeros, "zero")):
+        want = tensors[f"{NAME}.{name}"].astype(np.float32).reshape(128, 8).T
+        np.testing.assert_array_equal(np.asarray(field, np.float32), want)
+    _rewrite(tmp_path, tensors | {f"{NAME}.zero": np.full((1024, 1), 8, types[1])})
+    assert checkpoint.load(tmp_path)[NAME].dtype == types[0]
+
+
+# What is no 4-bit layer
+
+
+def _eight_bits(form: str) -> dict[str, np.ndarray]:
+    """The tensors of a layer [128, 64] of 8 bits, as far as they tell it from one of 4."""
+    scales = np.ones((2, 64), np.float16)
+    if form == "ct":
+        packed = np.zeros((64, 32), np.int32)
+        return {"weight_packed": packed, "weight_scale": scales.T, "weight_shape": np.array([64, 128])}
+    if form == "gptq":
+        g_idx = np.arange(128, dtype=np.int32) // 64
+        words = {"qweight": np.zeros((32, 64), np.int32), "qzeros": np.zeros((2, 16), np.int32)}
+        return words | {"scales": scales, "g_idx": g_idx}
+    if form == "torchao":
+        return {"_weight_qdata": np.zeros((64, 128), np.int8), "_weight_scale": scales.T[:, :1]}
+    assert form.startswith("hqq")
+    each = {name: np.ones((128, 1), np.float16) for name in ("scale", "zero")}
+    state = {"W_q": np.zeros((128, 64), np.uint8), "shape": np.array([64, 128])} | each
+    return state | ({"nbits": np.array(8)} if form == "hqq" else {})
+
+
+@pytest.mark.parametrize("form", ["ct", "gptq", "hqq", "hqq_shapes", "torchao"])
+def test_layers_of_8_bits_are_arrays(form, tmp_path):
+    """Beside a layer of 4 bits, which loads; one warning names them."""
+    from safetensors.numpy import save_file
+
+    good = form.partition("_")[0]
+    tensors, weight = large(good)
+    odd = {f"b.{i}.{name}": np.array(a, order="C") for i in range(2) for name, a in _eight_bits(form).items()}
+    metadata = {f"b.{i}.weight": json.dumps({"_type": "Int8Tensor"}) for i in range(2)}
+    arrays = {name: np.array(a, order="C") for name, a in tensors.items()} | odd
+    save_file(arrays, tmp_path / "x.safetensors", metadata=metadata if form == "torchao" else None)
+    kind = "Int8Tensor of torchao" if form == "torchao" else "8 bits"
+    with pytest.warns(
+        UserWarning, match=rf"not of 4 bits are loaded as they are: {kind}: b.\d, b.\d$"
+    ) as seen:
+        got = checkpoint.load(tmp_path)
+    assert len(seen) == 1
+    np.testing.assert_array_equal(np.asarray(got.pop(NAME).dequantize(jnp.float32)), weight)
+    assert got.keys() == odd.keys()
+    for name, a in odd.items():
+        np.testing.assert_array_equal(got[name], a)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"attn.W_q": np.ones((8, 8), np.float32), "attn.scale": np.ones(3, np.float32)},
+        {"W_q": np.ones((8, 8), np.uint8)},
+        {"l.qweight": np.ones((8, 8), np.int8), "l.weight_scales": np.ones(8, np.float16)},
+        {"l.qweight": np.ones((8, 8), np.int32)},
+        {"l.weight_packed": np.ones((8, 8), np.uint8), "l.weight_scale": np.ones((8, 2), np.float32)},
+        {"l._x_qdata": np.ones(3, np.float32)},
+    ],
+    ids=lambda tensors: next(iter(tensors)),
+)
+def test_names_by_chance(tensors, tmp_path):
+    """A tensor that is named like a format's codes, without what else the format has, is an array."""
+    _rewrite(tmp_path, tensors)
+    got = checkpoint.load(tmp_path)
+    assert got.keys() == tensors.keys()
+    for name, a in tensors.items():
+        np.testing.assert_array_equal(got[name], a)

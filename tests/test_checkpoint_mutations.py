@@ -19,6 +19,7 @@ COUNT = 1200
 KINDS = ("truncate", "extend", "flip", "header byte", "field", "drop", "rename", "index", "config")
 DTYPES = (*_header.DTYPES, "F4", "", None, 3)
 SIZES = (0, 1, -1, 2, 7, 31, 2**31, 2**62, 2**63, 10**30, 1.5, "8", None, True)
+FIELDS = (["qweight", "scales"], ["qweight", "scales", "input_scale"], ["scales"], "qweight", [[]], 3, None)
 
 
 def base(case: str, folder: Path) -> None:
@@ -77,7 +78,9 @@ def mutate(kind: str, folder: Path, rng: np.random.Generator) -> str:
         elif field == "metadata":
             text = header.setdefault("__metadata__", {"layers": "{}"})
             key = pick(list(text))
-            noise = json.dumps({"a.proj": {"k": pick(SIZES), "group_size": pick(SIZES)}})
+            noise = json.dumps(
+                {"a.proj": {"k": pick(SIZES), "group_size": pick(SIZES), "fields": pick(FIELDS)}}
+            )
             text[key] = pick(("", "[]", "{}", "[" * 20000, noise, text[key][::-1]))
         else:
             values = header[name][field] or [0]
@@ -122,6 +125,7 @@ def mutate(kind: str, folder: Path, rng: np.random.Generator) -> str:
 
 @pytest.mark.filterwarnings("ignore:.*zero points:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*no 4-bit layer was found:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*modules that are not of 4 bits:UserWarning")
 def test_mutations(tmp_path, capsys):
     """No crash, nothing but the documented errors, each of which names a file, and bounded memory."""
     forms = (*CASES, "own")

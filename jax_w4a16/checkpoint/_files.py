@@ -5,15 +5,18 @@ Every message names the file, the tensor, what was expected and what was got.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from jax_w4a16.checkpoint._header import DTYPES, NAMES, read_header, read_json
+from jax_w4a16.checkpoint._header import NAMES, read_header, read_json
 
 INDEX = "model.safetensors.index.json"
+QUANTIZATION = ("quantization_config", "compression_config")  # entries of config.json
+_ONE_OF_SEVERAL = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 _BYTES_OPEN = 32 << 20  # a mapping is given up before it spans more, so that its pages do not add up
 
 
@@ -46,7 +49,7 @@ class File:
                     name, (slice(first, last), *index[1:])
                 )
             return out
-        if dtype in (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"]):  # unknown to safetensors' NumPy side
+        if NAMES[dtype].startswith("F8"):  # unknown to safetensors' NumPy side
             return np.array(np.memmap(self.path, dtype, "r", offset, shape)[index])
         try:
             if self._handle is None:
@@ -97,13 +100,23 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A file or a folder of them: its tensors by name, and the configuration that lies beside."""
+    """A file or a folder of them: its tensors by name, and the configuration that lies beside.
+
+    Attributes:
+      path: the file or folder.
+      files: its safetensors files.
+      tensors: their tensors by name.
+      metadata: their metadata.
+      config: what the files beside say of its quantisation.
+      said_by: which of those files says each entry of `config`.
+    """
 
     path: Path
     files: tuple[File, ...]
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
+    said_by: Mapping[str, Path]
 
     def close(self) -> None:
         """Closes all files, whose pages would else count as this process's; they can still be read."""
@@ -115,7 +128,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a .safetensors file, or a folder with one, several, or an index of them.
 
     Raises:
-      FileNotFoundError: there is nothing, or the index names a file that is not there.
+      FileNotFoundError: there is nothing, or a file is not there that the index or the others' names imply.
       ValueError: a file, the index or a configuration is malformed.
     """
     path = Path(path)
@@ -128,6 +141,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files = [File(file) for file in sorted(path.glob("*.safetensors"))]
         if not files:
             raise FileNotFoundError(f"{path}: expected a .safetensors file or {INDEX}, got neither")
+        _require_all(path, {file.path.name for file in files})
         tensors = {}
         for file in files:
             for name in file.entries:
@@ -138,12 +152,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file in files:
         metadata |= file.metadata
-    return Checkpoint(path, tuple(files), tensors, metadata, _config(path if path.is_dir() else path.parent))
+    config, said_by = _config(path if path.is_dir() else path.parent)
+    return Checkpoint(path, tuple(files), tensors, metadata, config, said_by)
 
 
 def _tensor(file: File, name: str) -> Tensor:
     dtype, shape, _ = file.entries[name]
     return Tensor(file, name, dtype, shape)
+
+
+def _require_all(folder: Path, names: set[str]) -> None:
+    """Refuses files named `model-00001-of-00004.safetensors` and so on of which one is missing."""
+    for name in sorted(names):
+        match = _ONE_OF_SEVERAL.fullmatch(name)
+        if match is None:
+            continue
+        for number in range(1, int(match["count"]) + 1):
+            other = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
+            if other not in names:
+                raise FileNotFoundError(f"{folder / other}: expected it beside {name}, got none")
 
 
 def _indexed(folder: Path) -> tuple[list[File], dict[str, Tensor]]:
@@ -170,13 +197,25 @@ def _stays_inside(file: str) -> bool:
     return pure.suffix == ".safetensors" and not outside and "\0" not in file
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """What the checkpoint says of its quantisation: a hint, for the tensors decide."""
+def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What the checkpoint says of its quantisation, a hint, for the tensors decide; and which file says it.
+
+    Where several files say something, the first that does counts.
+    """
+    config: dict[str, Any] = {}
+    said_by: dict[str, Path] = {}
     for name in ("config.json", "quantize_config.json", "quant_config.json"):
         if (folder / name).is_file():
-            config = read_json(folder / name)
-            if name == "config.json":
-                config = config.get("quantization_config") or config.get("compression_config")
-            if isinstance(config, dict) and config:
-                return config
-    return {}
+            content = read_json(folder / name)
+            said = _quantization(content) if name == "config.json" else content
+            new = {key: value for key, value in said.items() if key not in config and value is not None}
+            config |= new
+            said_by |= dict.fromkeys(new, folder / name)
+    return config, said_by
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that is about quantisation; some have it with the text model's."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    said = [part[name] for part in parts for name in QUANTIZATION if name in part]
+    return next((content for content in said if isinstance(content, dict) and content), {})

@@ -27,6 +27,7 @@ DTYPES = {
     "I64": np.dtype("<i8"),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype("<f4"),
@@ -41,6 +42,8 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[np.dtype, t
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a safetensors file, got none")
     size = path.stat().st_size
+    if size < 8:
+        raise ValueError(f"{path}: header: expected at least 8 bytes, got {size}")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         most = min(size - 8, MOST_HEADER_BYTES)
@@ -50,7 +53,9 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[np.dtype, t
             header = _object(file.read(length))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: header: expected a JSON object: {error}") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     if not texts:
         raise ValueError(f"{path}: __metadata__: expected texts by name, got {str(metadata)[:80]}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_w4a16 import _layout
 from jax_w4a16.checkpoint._files import Tensor
+from jax_w4a16.checkpoint._header import NAMES
 
 _CODES_AT_ONCE = 4 << 20
 
@@ -54,6 +55,17 @@ class Layer:
     def read(self, field: str) -> np.ndarray:
         """All of a field."""
         return self.fields[field]((slice(None),) * len(self.shapes[field]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A quantised module whose weight is not of 4 bits: its tensors are loaded as they are.
+
+    Attributes:
+      kind: what it is instead, as `8 bits`.
+    """
+
+    kind: str
 
 
 def make(
@@ -140,13 +152,15 @@ def cast(tensor: Tensor, what: str, values: np.ndarray, dtype: np.dtype) -> np.n
     """`values`, which come from a tensor, in another type.
 
     Raises:
-      ValueError: a finite one would become infinite, or an integer another.
+      ValueError: a finite one would become infinite, a scale 0, or an integer another.
     """
     if values.dtype == dtype:
         return values
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         result = values.astype(dtype)
     lost = result != values if dtype.kind in "iu" else np.isfinite(values) & ~np.isfinite(result)
+    if what in ("scales", "input_scale"):
+        lost |= (values != 0) & (result == 0)
     if lost.any():
         raise tensor.error(f"{what} within the range of {dtype.name}", values[lost].flat[0])
     return result
@@ -186,26 +200,48 @@ def part_of_words(tensor: Tensor, rows: slice, columns: slice, order: tuple[int,
 
 
 def members(
-    tensors: Mapping[str, Tensor], leaf: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    tensors: Mapping[str, Tensor],
+    leaf: str,
+    dtypes: tuple[str, ...],
+    required: tuple[str, ...],
+    optional: tuple[str, ...] = (),
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """For each module with a tensor named `leaf`: the module's path and its tensors, by last name.
+
+    See `is_layer` for what is no such module.
 
     Raises:
       ValueError: one of `required` is missing, or a tensor is empty.
     """
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
-        if last != leaf:
-            continue
         at = lambda other, prefix=prefix: f"{prefix}.{other}" if prefix else other
-        for other in required:
-            if at(other) not in tensors:
-                raise ValueError(f"{tensor.file.path}: {at(other)}: expected it beside {name}, got none")
+        if last != leaf or not is_layer(tensor, dtypes, [at(other) for other in required], tensors):
+            continue
         found = {other: tensors[at(other)] for other in (leaf, *required, *optional) if at(other) in tensors}
         for tensor in found.values():
             if 0 in tensor.shape:
                 raise tensor.error("a tensor that is not empty", list(tensor.shape))
         yield prefix, found
+
+
+def is_layer(
+    tensor: Tensor, dtypes: tuple[str, ...], required: list[str], tensors: Mapping[str, Tensor]
+) -> bool:
+    """Whether a tensor that is named like a format's codes belongs to a layer of that format.
+
+    A tensor that has none of the others that the format requires, or not all of them and another type than
+    codes have, bears the name by chance.
+
+    Raises:
+      ValueError: it has the type and some of the others, and one is missing.
+    """
+    missing = [name for name in required if name not in tensors]
+    if not missing:
+        return True
+    if len(missing) == len(required) or NAMES[tensor.dtype] not in dtypes:
+        return False
+    raise ValueError(f"{tensor.file.path}: {missing[0]}: expected it beside {tensor.name}, got none")
 
 
 def group_size_of(scales: Tensor, k: int, groups: int, hint: Any) -> int:

@@ -29,14 +29,15 @@ def load(
     The format of each layer is found by its tensors: compressed-tensors (pack-quantized), AWQ (gemm and
     gemv), GPTQ (v1 and v2, with desc_act), HQQ (axis=1), torchao (Int4Tensor, plain), or what `save` wrote.
     Codes, scales and zero points come out exactly as stored; but for torchao's zero points, see torchao.py.
+    What is no 4-bit layer comes as an array; a warning names quantised modules of other than 4 bits.
 
     Args:
       path: a .safetensors file, or a folder with one, several, or an index of them, and perhaps config.json.
       sharding: None, which is the default device; a jax Sharding; or a function of a layer's name and
         (K, N), or another tensor's name and shape, that returns one of those. A layer's PartitionSpec is over
         (K, N). Each device's part is read and packed alone, and nothing is gathered.
-      dtype: type of scales, zeros and other floating tensors, float16, bfloat16 or float32; default: as
-        stored.
+      dtype: type of scales, zeros, input_scale and other floating tensors, float16, bfloat16 or float32;
+        default: as stored.
       progress: whether a terminal shows a bar.
 
     Returns:
@@ -44,7 +45,7 @@ def load(
       array by its name for each other tensor. 64-bit types become 32-bit ones unless JAX has them enabled.
 
     Raises:
-      FileNotFoundError: there is no such file, or none in the folder.
+      FileNotFoundError: there is no such file, or none in the folder, or one of several is missing.
       ValueError: the checkpoint is malformed (the message names file, tensor, expected and got), a value does
         not fit its new type, or a tensor cannot be split so.
       TypeError: an argument is not as described.
@@ -100,17 +101,27 @@ def find(
       ValueError: a layer is malformed.
     """
     layers = own.layers(checkpoint, dtype)
+    unread: dict[str, list[str]] = {}
     foreign = {name: t for name, t in checkpoint.tensors.items() if not own.is_own(t.file)}
     for module in FOREIGN:
         found = module.layers(dataclasses.replace(checkpoint, tensors=foreign), dtype)
-        for name in found.keys() & layers.keys():
-            raise ValueError(f"{checkpoint.path}: {name}: expected one format, got tensors of two")
-        layers |= found
+        for name, layer in found.items():
+            if isinstance(layer, _layer.Other):
+                unread.setdefault(layer.kind, []).append(name)
+                continue
+            if name in layers:
+                raise ValueError(f"{checkpoint.path}: {name}: expected one format, got tensors of two")
+            layers[name] = layer
     claimed = {tensor.name for layer in layers.values() for tensor in layer.tensors}
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in claimed}
     for name in layers.keys() & others.keys():
         raise ValueError(f"{checkpoint.path}: {name}: expected a tensor or a layer of that name, got both")
-    if checkpoint.config and not layers:
+    if unread:
+        text = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in unread.items())
+        warnings.warn(
+            f"{checkpoint.path}: modules that are not of 4 bits are loaded as they are: {text}", stacklevel=3
+        )
+    elif checkpoint.config and not layers:
         method = checkpoint.config.get("quant_method", "an unknown method")
         warnings.warn(
             f"{checkpoint.path}: quantised with {method}, of which no 4-bit layer was found; its tensors are "
@@ -146,6 +157,12 @@ def _split_layer(name: str, layer: _layer.Layer, sharding: Sharding | None) -> d
     size = layer.k if layer.group_size == -1 else layer.group_size
     units = _sharding.Weight(layer.k, layer.n, max(size, 1))
     ways_k, ways_n = _ways(sharding, k), _ways(sharding, n)
+    for size_of_lead, axes in zip(layer.shape, lead, strict=False):
+        if size_of_lead % _ways(sharding, axes):
+            raise ValueError(
+                f"{layer.tensors[0].file.path}: {name}: expected a stack of {list(layer.shape[:-2])} that "
+                f"splits into equal parts, got {sharding.spec} over {dict(sharding.mesh.shape)}"
+            )
     if ways_k > 1 and "permutation" in layer.fields:
         raise ValueError(
             f"{name}: expected no split along K, got {ways_k} ways: its rows are in activation order, so "

@@ -24,8 +24,8 @@ def save(
     `load` reads them back bit for bit.
 
     Args:
-      path: a file that ends in .safetensors, which is replaced if it exists; or a folder, where several files
-        with an index are written if one would exceed max_file_bytes.
+      path: a file that ends in .safetensors, which is replaced if it exists, as is a link; or a folder, where
+        several files with an index are written if one would exceed max_file_bytes.
       params: QuantizedWeights (stacks too) and arrays by name, as `load` returns them. All of an array must
         be on devices of this process.
       max_file_bytes: of one file of a folder, unless a single layer is larger.
@@ -34,6 +34,7 @@ def save(
       TypeError: params is not as described.
       ValueError: a weight's invariants do not hold, or two tensors would have one name.
       FileExistsError: the folder holds .safetensors files already.
+      FileNotFoundError: the file's folder does not exist.
     """
     if not isinstance(params, Mapping):
         raise TypeError(f"params: expected a dict, got {type(params).__name__}")
@@ -55,7 +56,7 @@ def _entry(name: Any, value: Any) -> Entry:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     items = {f"{name}.{field}": _item(a) for field, a in value.arrays.items()}
-    return Entry(name, items, {"k": value.in_features, "group_size": value.group_size})
+    return Entry(name, items, {"k": int(value.in_features), "group_size": int(value.group_size)})
 
 
 def _item(array: Any) -> Item:

@@ -7,8 +7,8 @@
           qzeros  int32 [N, P]    8 consecutive groups a word, P words for G groups: padded
           scales  float [N, 8 P]
 
-Which of the two a layer is follows from its shapes. gemv's padding hides the number of groups, so the group
-size is the configuration's, or the only one of 32, 64 and 128 that gives P.
+Which of the two a layer is follows from its shapes. gemv's padding hides the number of groups: where the
+configuration does not say the group size, the scales do, which are 0 in padding alone.
 """
 
 from typing import Any
@@ -23,14 +23,14 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FLOATS = ("F16", "BF16", "F32")
 
 
-def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer]:
+def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer | _layer.Other]:
     """The layers of this format, by module path.
 
     Raises:
       ValueError: a tensor is missing, or not as described above.
     """
     result = {}
-    for module, tensors in _layer.members(checkpoint.tensors, "qweight", ("qzeros", "scales")):
+    for module, tensors in gptq.members(checkpoint.tensors):
         if not gptq.is_gptq(tensors, checkpoint.config):
             gptq.require_4_bits(checkpoint)
             hint = checkpoint.config.get("group_size", checkpoint.config.get("q_group_size"))
@@ -73,11 +73,8 @@ def _gemv(tensors: dict[str, Tensor], hint: Any, dtype: np.dtype | None) -> _lay
     scales = tensors["scales"].require(_FLOATS, (n, 8 * qzeros.shape[1]))
     size = k if hint == -1 else hint
     if type(size) is not int or size <= 0 or _words(k, size) != qzeros.shape[1]:
-        fitting = [g for g in (32, 64, 128) if _words(k, g) == qzeros.shape[1]]
-        if len(fitting) != 1:
-            raise qzeros.error(f"as many words as K = {k} implies for one group size", list(qzeros.shape))
-        size = fitting[0]
-    if k % size or size % 32:
+        size = _size_of_scales(scales, k, qzeros.shape[1])
+    if k % size or (size % 32 and size != k):
         raise qweight.error("a group size of a multiple of 32 that divides K", f"K = {k}, groups of {size}")
     groups = slice(0, k // size)
     symmetric = (_layer.part_of_words(qzeros, slice(0, n), groups) == 8).all()
@@ -92,6 +89,18 @@ def _gemv(tensors: dict[str, Tensor], hint: Any, dtype: np.dtype | None) -> _lay
         scales=lambda rows, columns: scales[columns, rows].T,
         zeros=None if symmetric else lambda rows, columns: _layer.part_of_words(qzeros, columns, rows).T,
     )
+
+
+def _size_of_scales(scales: Tensor, k: int, words: int) -> int:
+    """The group size that K and the columns of scales imply that are not padding."""
+    used = (scales.read() != 0).any(axis=0)
+    groups = int(used.sum())
+    if groups == 0 or not used[:groups].all() or k % groups or _words(k, k // groups) != words:
+        got = f"{groups} of {len(used)} that are not 0"
+        raise scales.error(
+            f"columns of scales for one group size that divides K = {k}, or its group_size", got
+        )
+    return k // groups
 
 
 def _words(k: int, size: int) -> int:

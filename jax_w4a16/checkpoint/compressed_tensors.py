@@ -18,7 +18,7 @@ NAME = "compressed-tensors"
 _FLOATS = ("F16", "BF16", "F32")
 
 
-def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer]:
+def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer | _layer.Other]:
     """The layers of this format, by module path.
 
     Raises:
@@ -26,17 +26,18 @@ def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.L
     """
     required, optional = ("weight_scale", "weight_shape"), ("weight_zero_point", "weight_g_idx")
     hint = _group_size_hint(checkpoint.config)
-    return {
-        module: _layer_of(tensors, hint, dtype)
-        for module, tensors in _layer.members(checkpoint.tensors, "weight_packed", required, optional)
-    }
+    found = _layer.members(checkpoint.tensors, "weight_packed", ("I32",), required, optional)
+    return {module: _layer_of(tensors, hint, dtype) for module, tensors in found}
 
 
-def _layer_of(tensors: dict[str, Tensor], hint: Any, dtype: np.dtype | None) -> _layer.Layer:
+def _layer_of(tensors: dict[str, Tensor], hint: Any, dtype: np.dtype | None) -> _layer.Layer | _layer.Other:
     packed = tensors["weight_packed"].require(("I32",), (None, None))
     sizes = tensors["weight_shape"].require(("I64", "I32"), (2,)).read().tolist()
     n, k = sizes
     if packed.shape != (n, -(-k // 8)):
+        for bits in (8, 2, 3, 5, 6) if k > 0 else ():
+            if packed.shape == (n, -(-k // (32 // bits))):
+                return _layer.Other(f"{bits} bits")
         raise packed.error(f"shape [N, ceil(K/8)] for weight_shape {sizes}", list(packed.shape))
     scale = tensors["weight_scale"].require(_FLOATS, (n, None))
     groups = scale.shape[1]

@@ -13,7 +13,9 @@ A v1 zero of 0 is stored as 15. GPTQModel subtracts 1 from every nibble as one w
 alone. Its own files are therefore read with carries.
 """
 
+import math
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,16 +28,20 @@ _FLOATS = ("F16", "BF16", "F32")
 _LABELS = {"gptq": False, "gptq_v2": True}
 
 
-def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer]:
+def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer | _layer.Other]:
     """The layers of this format, by module path.
 
     Raises:
       ValueError: a tensor is missing, or not as described above.
     """
-    result = {}
+    result: dict[str, _layer.Layer | _layer.Other] = {}
     mislabelled = []
-    for module, tensors in _layer.members(checkpoint.tensors, "qweight", ("qzeros", "scales"), ("g_idx",)):
+    for module, tensors in members(checkpoint.tensors):
         if is_gptq(tensors, checkpoint.config):
+            bits = _bits(tensors)
+            if bits != 4:
+                result[module] = _layer.Other(f"{bits} bits")
+                continue
             require_4_bits(checkpoint)
             result[module], surprise = _layer_of(tensors, checkpoint, dtype)
             mislabelled += [module] * surprise
@@ -49,24 +55,46 @@ def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.L
     return result
 
 
+def members(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The modules of GPTQ and of AWQ, whose tensors have the same names, and those by last name."""
+    return _layer.members(tensors, "qweight", ("I32",), ("qzeros", "scales"), ("g_idx",))
+
+
 def is_gptq(tensors: dict[str, Tensor], config: Any) -> bool:
-    """Whether these tensors, with AWQ's names, are GPTQ's: the shapes tell, or else the configuration."""
+    """Whether these tensors, with AWQ's names, are GPTQ's.
+
+    The shapes tell; where they fit both or neither, a g_idx, which AWQ has not, or the configuration does.
+    """
     shapes = [tensors[name].shape for name in ("qweight", "qzeros", "scales")]
+    fits_gptq = fits_awq = False
     if all(len(shape) == 2 for shape in shapes):
         (_, columns), (_, words), (_, n) = shapes
         gemv = len({shape[0] for shape in shapes}) == 1
-        if columns == n and not gemv:
-            return True
-        if gemv or 8 * columns == n or columns == words:
-            return False
-    return config.get("quant_method") != "awq"
+        fits_gptq, fits_awq = columns == n, gemv or 8 * columns == n or columns == words
+    if fits_gptq != fits_awq:
+        return fits_gptq
+    method = config.get("quant_method")
+    return "g_idx" in tensors or method == "gptq" or (method != "awq" and not fits_awq)
+
+
+def _bits(tensors: dict[str, Tensor]) -> int:
+    """How many bits a code has, by the shapes: 4 unless all of them say otherwise."""
+    qweight, qzeros, scales = (tensors[name].shape for name in ("qweight", "qzeros", "scales"))
+    if len(qweight) == len(qzeros) == len(scales) == 2 and qzeros[1] != -(-scales[1] // 8):
+        k = math.prod(tensors["g_idx"].shape) if "g_idx" in tensors else None
+        for bits in (2, 3, 8):
+            of_k = k is None or 32 * qweight[0] == bits * k
+            if 32 * qzeros[1] == bits * scales[1] and of_k and qweight[1] == scales[1]:
+                return bits
+    return 4
 
 
 def require_4_bits(checkpoint: Checkpoint) -> None:
     """Refuses a configuration of other than 4 bits, whose tensors may look alike."""
-    bits = checkpoint.config.get("bits", checkpoint.config.get("w_bit", 4))
+    name = "bits" if "bits" in checkpoint.config else "w_bit"
+    bits = checkpoint.config.get(name, 4)
     if bits != 4:
-        raise ValueError(f"{checkpoint.path}: bits: expected 4, got {bits!r}")
+        raise ValueError(f"{checkpoint.said_by[name]}: bits: expected 4, got {bits!r}")
 
 
 def _layer_of(
@@ -115,7 +143,8 @@ def _zeros(qzeros: Tensor, n: int, checkpoint: Checkpoint) -> tuple[_layer.Part 
     config = checkpoint.config
     label = config.get("checkpoint_format", "gptq")
     if not isinstance(label, str) or label not in _LABELS:
-        raise ValueError(f"{checkpoint.path}: checkpoint_format: expected {list(_LABELS)}, got {label!r}")
+        path = checkpoint.said_by["checkpoint_format"]
+        raise ValueError(f"{path}: checkpoint_format: expected {list(_LABELS)}, got {label!r}")
     v2 = _LABELS[label]
     stored = _layer.nibbles(qzeros.read())[:, :n]
     if stored.size and config.get("sym") is not False:

@@ -11,9 +11,12 @@ weight is stored under its own name. The metadata of each file say
 
     format  "jax_w4a16"
     schema  "1"
-    layers  a JSON object: {<name>: {"k": K, "group_size": g, -1 for one group per column}, ...}
+    layers  a JSON object: {<name>: {"k": K, "group_size": g, -1 for one group per column,
+            "fields": those of the above that are there, as ["qweight", "scales"]}, ...}
 
-with the layers whose tensors that file holds. Several files have an index like Hugging Face's.
+with the layers whose tensors that file holds. Another tensor may be named like a field that is not there;
+where `fields` is left out, all tensors of such names are fields. Several files have an index like Hugging
+Face's.
 """
 
 import json
@@ -38,8 +41,8 @@ def is_own(file: File) -> bool:
     return file.metadata.get("format") == NAME
 
 
-def metadata(layers: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """The metadata of a file that holds these layers: `k` and `group_size` by name."""
+def metadata(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The metadata of a file that holds these layers: `k`, `group_size` and `fields` by name."""
     return {"format": NAME, "schema": SCHEMA, "layers": json.dumps(layers)}
 
 
@@ -55,12 +58,13 @@ def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.L
             got = file.metadata.get("schema")
             raise ValueError(f"{file.path}: schema: expected {SCHEMA!r}, got {got!r}")
         for name, sizes in _listed(file).items():
+            listed = sizes.get("fields")
             tensors = {
                 field: checkpoint.tensors[f"{name}.{field}"]
                 for field in FIELDS
-                if f"{name}.{field}" in checkpoint.tensors
+                if f"{name}.{field}" in checkpoint.tensors and (listed is None or field in listed)
             }
-            for field in FIELDS[:2]:
+            for field in listed or FIELDS[:2]:
                 if field not in tensors:
                     raise ValueError(f"{file.path}: {name}.{field}: expected it, as layers says, got none")
             result[name] = _layer_of(tensors, sizes["k"], sizes["group_size"], dtype)
@@ -72,13 +76,17 @@ def _listed(file: File) -> dict[str, Any]:
     try:
         listed = json.loads(text)
         good = all(
-            set(sizes) == {"k", "group_size"} and all(type(size) is int for size in sizes.values())
+            set(sizes) - {"fields"} == {"k", "group_size"}
+            and all(type(sizes[name]) is int for name in ("k", "group_size"))
+            and set(FIELDS[:2]) <= set(sizes.get("fields", FIELDS)) <= set(FIELDS)
             for sizes in listed.values()
         )
     except (ValueError, RecursionError, AttributeError, TypeError):
         good = False
     if not good:
-        raise ValueError(f"{file.path}: layers: expected k and group_size by name, got {text[:80]!r}")
+        raise ValueError(
+            f"{file.path}: layers: expected k and group_size by name (and fields), got {text[:80]!r}"
+        )
     return listed
 
 
@@ -106,9 +114,7 @@ def _layer_of(tensors: dict[str, Tensor], k: int, group_size: int, dtype: np.dty
             raise tensors["permutation"].error(f"each of 0..{k - 1} once", "another order")
     if "input_scale" in tensors:
         tensors["input_scale"].require(_FLOATS, (*lead, k), f" for K = {k}")
-    types = {
-        field: dtype if dtype and field in ("scales", "zeros") else t.dtype for field, t in tensors.items()
-    }
+    types = {field: dtype if dtype and NAMES[t.dtype] in _FLOATS else t.dtype for field, t in tensors.items()}
 
     def reader(field: str):
         tensor = tensors[field]

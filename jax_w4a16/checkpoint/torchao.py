@@ -4,7 +4,7 @@
     _weight_scale       float [G, N]
     _weight_zero_point  float [G, N]    in units of the weight: w = value * scale + zero_point
 
-The file's metadata may describe `<module>.weight`; then it must be an Int4Tensor.
+The file's metadata may describe `<module>.weight`; another type than Int4Tensor is not read.
 
 In units of codes the zero is 8 - zero_point / scale, a fraction, which is rounded to the type of the result:
 an error of at most 2^-5 of a scale in bfloat16 and 2^-8 in float16 while it lies in 0..16, and of float32's
@@ -24,42 +24,43 @@ _FLOATS = ("F16", "BF16", "F32")
 _QDATA = re.compile(r"(?P<module>.*\.)?_(?P<parameter>[^.]+)_qdata")
 
 
-def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer]:
+def layers(checkpoint: Checkpoint, dtype: np.dtype | None) -> dict[str, _layer.Layer | _layer.Other]:
     """The layers of this format, by module path.
 
     Raises:
       ValueError: a tensor is missing, or not as described above.
     """
-    result = {}
+    result: dict[str, _layer.Layer | _layer.Other] = {}
     for name, qdata in checkpoint.tensors.items():
         match = _QDATA.fullmatch(name)
         if match is None:
             continue
         module, parameter = match["module"] or "", match["parameter"]
-        _require_plain(qdata, f"{module}{parameter}", checkpoint)
+        key = module.removesuffix(".") if parameter == "weight" else module + parameter
+        kind = _kind(qdata, f"{module}{parameter}", checkpoint)
+        if kind != "Int4Tensor":
+            result[key] = _layer.Other(f"{kind[:80]} of torchao")
+            continue
         stem = name.removesuffix("qdata")
-        tensors = {"qdata": qdata}
-        for other in ("scale", "zero_point"):
-            if stem + other not in checkpoint.tensors:
-                raise ValueError(f"{qdata.file.path}: {stem}{other}: expected it beside {name}, got none")
-            tensors[other] = checkpoint.tensors[stem + other]
+        others = {other: stem + other for other in ("scale", "zero_point")}
+        if not _layer.is_layer(qdata, ("I8", "U8"), list(others.values()), checkpoint.tensors):
+            continue
+        tensors = {"qdata": qdata} | {other: checkpoint.tensors[at] for other, at in others.items()}
         if stem + "act_pre_scale" in checkpoint.tensors:
             raise qdata.error("no act_pre_scale", f"{stem}act_pre_scale, which is not supported")
-        key = module.removesuffix(".") if parameter == "weight" else module + parameter
         result[key] = _layer_of(tensors, dtype)
     return result
 
 
-def _require_plain(qdata: Tensor, name: str, checkpoint: Checkpoint) -> None:
+def _kind(qdata: Tensor, name: str, checkpoint: Checkpoint) -> str:
+    """torchao's type of a tensor, as the metadata say, where they do."""
     text = checkpoint.metadata.get(name)
     if text is None:
-        return
+        return "Int4Tensor"
     try:
-        kind = json.loads(text)["_type"]
+        return str(json.loads(text)["_type"])
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise qdata.error(f"metadata of {name} with a _type", text[:80]) from error
-    if kind != "Int4Tensor":
-        raise qdata.error("an Int4Tensor", f"{str(kind)[:80]}, which is not supported")
 
 
 def _layer_of(tensors: dict[str, Tensor], dtype: np.dtype | None) -> _layer.Layer:
