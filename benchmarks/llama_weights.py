@@ -109,7 +109,8 @@ def checkpoint_config(config: Config, tensors: Tensors) -> Config:
 def checkpoint_state(config: Config, tensors: Tensors, mesh: Mesh | None = None) -> Any:
     """The state of a model with `checkpoint_config`: codes stay packed, fused columns get their order.
 
-    Raises KeyError where a tensor is missing, ValueError where one has another shape.
+    Raises KeyError where a tensor is missing, ValueError where one has another shape, or where one that stays
+    packed has a `permutation` or an `input_scale`.
     """
     made: dict[tuple[str, ...], dict[str, Any]] = {}
 
@@ -145,21 +146,22 @@ def _module(config: Config, tensors: Tensors, module: tuple[str, ...]) -> dict[s
 
 
 def _weight(config: Config, tensors: Tensors, name: str, packed: bool) -> dict[str, Any]:
-    """One linear layer's fields, quantised or dequantised where the checkpoint has the other form."""
+    """One linear layer's fields, quantised or dequantised where the checkpoint has the other form.
+
+    A packed weight that wants its inputs changed is refused: query, key and value, or gate and up, become one
+    layer, with one input, and each may want another change.
+    """
     weight: Any = tensors.get(name)
     if weight is None:
         weight = jnp.asarray(tensors[f"{name}.weight"]).T  # [out, in] -> [K, N]
         if packed:
             options = {"group_size": config.group_size, "symmetric": config.symmetric}
             weight = jax_w4a16.quantize(weight, scale_dtype=config.dtype, **options)
-    elif getattr(weight, "permutation", None) is not None:
-        raise ValueError(f"{name}: expected rows in order, got a permutation (act-order)")
     elif not packed:
         weight = weight.dequantize(config.dtype)
-    if not packed:
-        return {"kernel": weight}
-    fields = {"qweight": weight.qweight, "scales": weight.scales, "zeros": weight.zeros}
-    return {field: array for field, array in fields.items() if array is not None}
+    elif own := sorted(set(weight.arrays) - {"qweight", "scales", "zeros"}):
+        raise ValueError(f"{name}: expected a packed weight with no change of the inputs, got {own}")
+    return weight.arrays if packed else {"kernel": weight}
 
 
 def _fuse(arrays: list[jax.Array], field: str, blocks: int) -> jax.Array:

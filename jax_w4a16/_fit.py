@@ -65,7 +65,7 @@ def fit(w: jax.Array, input_power: jax.Array, *, group_size: int, scale_dtype) -
 
     # To nearest comes first, so that nothing is worse.
     codes, scale, zero = _reference.round_groups(values, symmetric=False, scale_dtype=scale_dtype)
-    scale, zero = (a[:, None].astype(jnp.float32) for a in (scale, zero))
+    scale, zero = scale[:, None].astype(jnp.float32), jnp.float32(zero)[:, None]
     nearest = (mean((values - (codes - zero) * scale) ** 2), codes.astype(jnp.uint8), scale, zero)
     best, _ = lax.scan(from_range, nearest, jnp.array(_FIRST_RANGES, jnp.float32))
     _, codes, scale, zero = best

@@ -10,17 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_w4a16 import _progress, _rules, _search
+from jax_w4a16 import _checks, _progress, _rules, _search
 from jax_w4a16._quantize import quantize
 from jax_w4a16._rules import DEFAULT_RULES, Rule, Rules
 from jax_w4a16._types import QuantizedWeight
 
 
 class Found(NamedTuple):
-    """A float weight [K, N] or a stack [L, K, N], and the type of its scales unless told otherwise."""
+    """A float weight [K, N] or a stack [L, K, N].
+
+    `scale_dtype` is the type of its scales unless told otherwise. `by_name`: it may be no weight of a linear
+    layer, so that only a rule whose pattern is not empty takes it.
+    """
 
     array: Any
     scale_dtype: Any = None
+    by_name: bool = False
 
 
 class Form(NamedTuple):
@@ -53,11 +58,18 @@ def quantize_model(
           "layers/0/mlp/up". Subclasses of `nnx.Linear` and other layers stay.
         Variables of a linen module, a mapping with "params": each `nn.Dense`'s `kernel` moves to the
           collection "quantized", where a `W4A16Dense` of the same name and group size finds it; the path is
-          the layer's. Returns the variables.
+          the layer's. Returns the variables. They do not tell what made them: a kernel of two dimensions is
+          taken for an `nn.Dense`'s. One of three may be a stack, as `nn.scan` makes, but also that of an
+          `nn.Conv`, an `nn.DenseGeneral` or an attention's: only a rule with a pattern takes it, neither "",
+          the last of the default rules, nor a Rule alone.
         Any other pytree: each leaf of two dimensions [K, N], or a stack [L, K, N] of them, in floating point
-          becomes a `QuantizedWeight`, at the path of the leaf.
+          becomes a `QuantizedWeight`, at the path of the leaf. One that the rules take must be float16,
+          bfloat16 or float32: convert float64, NumPy's default, or skip it.
       rules: patterns (regular expressions, found anywhere in the path) to Rules, in order; the first match
-        wins, and a weight that none matches stays. A Rule alone is for every weight.
+        wins, and a weight that none matches stays. A Rule alone is for every weight. Default: all in groups
+        of 128, but biases, scales, embeddings, norms, heads and routers stay, known by whole names in the
+        path: `bias`, `scale`, `embed_tokens`, `wte`, `input_layernorm`, `ln_f`, `lm_head`, `head`, `score`,
+        `router`, `gate` (not `gate_proj`) and more, which the README lists.
       inputs: for searches that need it: a sample of each weight's inputs by path, [T, K], or [L, T, K] for a
         stack. `nnx.record_inputs` and `linen.record_inputs` make it.
       scale_dtype: type of scales and zero points, and of a layer's bias. Default: the weight's (for a layer,
@@ -70,13 +82,22 @@ def quantize_model(
       TypeError, ValueError: an argument is not as described; the message names the path.
     """
     compiled = _rules.check(rules)
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs: expected a mapping of paths to samples, got {type(inputs).__name__}")
     form = _form(model)
-    chosen = {path: _rules.first_match(compiled, path) for path in form.weights}
+    chosen = {
+        path: _rules.first_match(compiled, path, by_name=found.by_name)
+        for path, found in form.weights.items()
+    }
     chosen = {path: rule for path, rule in chosen.items() if rule is not None}
     if not chosen:
+        named = sorted(path for path, found in form.weights.items() if found.by_name)
         raise ValueError(
             f"rules: expected one that matches a weight, got none; paths of weights: {sorted(form.weights)}"
+            + (f"; only a pattern that is not empty takes {named}" if named else "")
         )
+    for path in chosen:  # before the first is packed, and perhaps deleted
+        _checks.floating(path, form.weights[path].array)
     uses = Counter(id(found.array) for found in form.weights.values())
     packed = {}
     with _progress.Progress(len(chosen)) as bar:
@@ -108,6 +129,8 @@ def _pytree(tree) -> Form:
     packed_already = lambda node: isinstance(node, QuantizedWeight)
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=packed_already)
     named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+    if twice := sorted(path for path, count in Counter(path for path, _ in named).items() if count > 1):
+        raise ValueError(f"model: expected paths that differ when written with '/', got two of {twice}")
 
     def replace(packed):
         return jax.tree.unflatten(structure, [packed.get(path, leaf) for path, leaf in named])
@@ -129,6 +152,8 @@ def _pack(path: str, found: Found, rule: Rule, sample: Any, scale_dtype: Any) ->
         if needed and sample is None:
             raise ValueError(f"expected a sample of its inputs, inputs[{path!r}], for search={rule.search!r}")
         operands = (w, sample) if needed else (w,)
+        if needed:
+            _checks.array("inputs", sample)
         if len(w.shape) == 2:
             packed = _one(operands, rule, dtype)
         elif needed and (len(sample.shape) != 3 or sample.shape[0] != w.shape[0]):

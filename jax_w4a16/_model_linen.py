@@ -10,7 +10,10 @@ from jax_w4a16.linen import COLLECTION
 
 
 def form(variables: Mapping) -> Form:
-    """The kernels of `nn.Dense` layers, by the path of the layer."""
+    """The kernels of `nn.Dense` layers, by the path of the layer; those of stacks only by name.
+
+    Without a bias, a stack [L, K, N] looks like the kernel of an `nn.Conv` or an `nn.DenseGeneral`.
+    """
     layers = dict(_dense_layers(variables["params"], ()))
 
     def replace(packed):
@@ -21,7 +24,8 @@ def form(variables: Mapping) -> Form:
         params = _without_kernels(variables["params"], own, ())
         return dict(variables) | {"params": params, COLLECTION: quantized}
 
-    return Form({path: Found(kernel) for path, (_, kernel) in layers.items()}, replace)
+    found = {path: Found(kernel, by_name=kernel.ndim > 2) for path, (_, kernel) in layers.items()}
+    return Form(found, replace)
 
 
 def _dense_layers(tree, path: tuple[str, ...]):

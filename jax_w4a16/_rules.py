@@ -37,11 +37,34 @@ class Rule:
 
 Rules = Mapping[str, Rule]
 
-DEFAULT_RULES: Rules = {
-    r"(?i)bias|norm|scale|embed|lm_head|router": Rule(skip=True),
-    "": Rule(),
-}
-"""All but embeddings, norms, the head and routers: groups of 128, symmetric, to nearest."""
+# Each is a whole name in a path, what lies between "/" or ".": "layer_norm" is a norm, "normal_proj" is none.
+_FLOATS = (
+    r"([^/.]*_)?(bias|biases)(_[^/.]*)?|([^/.]*_)?scales?",
+    r"[^/.]*embe?d[^/.]*|wte|wpe",
+    r"[^/.]*norm(s|alization)?(?![a-z])[^/.]*|ln(\d+|_[^/.]*)?",
+    r"([^/.]*_)?(head|classifier)|score|logits[^/.]*",
+    r"([^/.]*_)?router(_[^/.]*)?|((shared_)?expert_)?gate",
+)
+# Deeper in a path these name ordinary layers: BERT's output, a mixture's shared expert.
+_FLOATS_AT_THE_TOP = "output|shared"
+
+DEFAULT_SKIP = rf"(?i)(^|[/.])({'|'.join(_FLOATS)})($|[/.])|^({_FLOATS_AT_THE_TOP})($|[/.])"
+"""The pattern of what `DEFAULT_RULES` leave as it is."""
+
+DEFAULT_RULES: Rules = {DEFAULT_SKIP: Rule(skip=True), "": Rule()}
+"""Groups of 128, symmetric, to nearest; but a weight stays where its path has one of these names.
+
+A name is all that lies between two of "/" and ".", in any case; "..." is anything, or nothing:
+
+- biases and scales: `bias`, `biases`, `..._bias`, `bias_...`, `scale`, `scales`, `..._scale`
+- embeddings: `...embed...`, `...embd...`, `wte`, `wpe`; first in the path, `shared`
+- norms: `...norm...`, `...norms...` and `...normalization...` with no letter next; `ln`, `ln1`, `ln_...`
+- heads: `head`, `..._head`, `classifier`, `..._classifier`, `score`, `logits...`; first in the path, `output`
+- routers: `router`, `..._router`, `router_...`, `gate`, `expert_gate`, `shared_expert_gate`
+
+So `normal_proj`, `upscale`, `gate_proj` and `heads` are none of these. A gated MLP's `gate` cannot be told
+from a router: where it is to become 4-bit, a rule of your own says so.
+"""
 
 
 def check(rules) -> dict[re.Pattern, Rule]:
@@ -65,7 +88,11 @@ def check(rules) -> dict[re.Pattern, Rule]:
     return compiled
 
 
-def first_match(rules: Mapping[re.Pattern, Rule], path: str) -> Rule | None:
-    """The rule of the first pattern found anywhere in the path, None where it is skipped or there is none."""
-    rule = next((rule for pattern, rule in rules.items() if pattern.search(path)), None)
+def first_match(rules: Mapping[re.Pattern, Rule], path: str, *, by_name: bool = False) -> Rule | None:
+    """The rule of the first pattern found anywhere in the path, None where it is skipped or there is none.
+
+    `by_name`: the empty pattern, which is for every path, does not count.
+    """
+    counts = {pattern: rule for pattern, rule in rules.items() if pattern.pattern or not by_name}
+    rule = next((rule for pattern, rule in counts.items() if pattern.search(path)), None)
     return None if rule is None or rule.skip else rule

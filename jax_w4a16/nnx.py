@@ -1,6 +1,7 @@
 """Flax NNX: linear layers with packed 4-bit weights: `W4A16Linear`; `W4A16FusedLinear`, several in one."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -195,14 +196,20 @@ class W4A16FusedLinear(nnx.Module):
     outputs of all side by side.
 
     Args:
-      layers: `W4A16Linear`s that agree as `jax_w4a16.fuse` wants, all with or all without a bias; the type of
-        the computation and of the output are the first's.
+      layers: `W4A16Linear`s that agree as `jax_w4a16.fuse` wants, and in the types of the computation and of
+        the output; all with or all without a bias.
 
     Raises:
       ValueError: the layers do not agree.
     """
 
     def __init__(self, layers: Sequence[W4A16Linear]):
+        for name in ("dtype", "preferred_element_type"):
+            own = [getattr(layer, name) for layer in layers]
+            kinds = [None if dtype is None else jnp.dtype(dtype).name for dtype in own]
+            for i, kind in enumerate(kinds):
+                if kind != kinds[0]:
+                    raise ValueError(f"layers[{i}]: expected {name} {kinds[0]} as of layers[0], got {kind}")
         weight = _fuse.fuse(*(layer.weight for layer in layers))
         biases = [layer.bias[...] for layer in layers if layer.bias is not None]
         if biases and len(biases) != len(layers):
@@ -228,15 +235,19 @@ def scale_dtype(linear: nnx.Linear) -> Any:
     return next((d for d in own if d.itemsize == 2), jnp.dtype(jnp.bfloat16))
 
 
-class _Watched(nnx.Module):
+class _Watched(nnx.Linear):
     """A layer that tells `note` what it is called with."""
 
-    def __init__(self, layer: nnx.Linear, path: str, note: Callable[[str, jax.Array], None]):
-        self.layer, self.path, self.note = layer, path, note
+    note: Callable[[jax.Array], None]
 
     def __call__(self, inputs, *args, **kwargs):
-        self.note(self.path, inputs)
-        return self.layer(inputs, *args, **kwargs)
+        self.note(inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
+
+def _watch(layer: Any, note: Callable[[jax.Array], None]) -> None:
+    """Changes the layer's class alone, so that the model finds all else of it where it was."""
+    layer.__class__, layer.note = _Watched, note
 
 
 def record_inputs(
@@ -256,12 +267,10 @@ def record_inputs(
     Raises:
       ValueError: a layer was called inside a jit, scan or vmap of the model's own.
     """
-    recorder = Recorder(rows=rows, calls=len(batches))
-
-    def watch(path, node):
-        return _Watched(node, "/".join(map(str, path)), recorder.note) if type(node) is nnx.Linear else node
-
-    watched = nnx.recursive_map(watch, nnx.clone(model))
+    recorder, watched = Recorder(rows=rows, calls=len(batches)), nnx.clone(model)
+    for path, layer in list(nnx.iter_modules(watched)):
+        if type(layer) is nnx.Linear:
+            _watch(layer, functools.partial(recorder.note, "/".join(map(str, path))))
     for batch in batches:
         if call is None:
             watched(batch)

@@ -325,6 +325,26 @@ class TestCheckpoint:
         state = llama_weights.checkpoint_state(self.BASE, plain)
         assert jnp.dtype("uint32") in {a.dtype for a in jax.tree.leaves(state)}
 
+    def test_a_change_of_the_inputs_is_made_or_refused(self):
+        """Dequantised weights hold it; of packed ones, which are fused, each part has its own."""
+        floats = dataclasses.replace(self.BASE, packed=False)
+        random = np.random.default_rng(0)
+        name = "model.layers.1.mlp.up_proj"
+        k = self.BASE.hidden
+        for field, value in (
+            ("input_scale", jnp.asarray(random.lognormal(size=k), jnp.float32)),
+            ("permutation", jnp.asarray(random.permutation(k), jnp.int32)),
+        ):
+            tensors, values = tensors_of(self.BASE)
+            tensors[name] = dataclasses.replace(tensors[name], **{field: value})
+            values[name] = np.asarray(tensors[name].dequantize("float32"), np.float64)
+            state = llama_weights.checkpoint_state(floats, tensors)
+            tokens = np.asarray(prompt_of(floats))
+            want = hugging_face(floats, values, tokens[0])
+            np.testing.assert_allclose(all_logits(floats, state, tokens)[0], want, rtol=1e-3, atol=1e-3)
+            with pytest.raises(ValueError, match=rf"{name}: expected .* no change .*, got \['{field}'\]"):
+                llama_weights.checkpoint_state(self.BASE, tensors)
+
     def test_what_does_not_fit_is_named(self):
         tensors, _ = tensors_of(self.BASE)
         tensors["model.norm.weight"] = jnp.zeros(3)

@@ -24,7 +24,7 @@ def tree():
             "up": {"weight": normal(LAYERS, K, N), "bias": normal(LAYERS, N)},
             "norm": normal(LAYERS, K),
         },
-        "head": [normal(K, N, dtype=jnp.float16, seed=1), normal(N)],
+        "down": [normal(K, N, dtype=jnp.float16, seed=1), normal(N)],
         "step": jnp.zeros((2, 2), jnp.int32),
     }
 
@@ -39,8 +39,8 @@ def equal(a, b):
 def test_weights_are_quantised_and_the_rest_is_shared():
     model = tree()
     got = quantize_model(model, progress=False)
-    equal(got["head"][0], jax_w4a16.quantize(model["head"][0]))
-    assert got["head"][0].dtype == jnp.float16
+    equal(got["down"][0], jax_w4a16.quantize(model["down"][0]))
+    assert got["down"][0].dtype == jnp.float16
     stack = got["layers"]["up"]["weight"].validate()
     assert stack.qweight.shape[0] == LAYERS
     for i in range(LAYERS):
@@ -50,7 +50,7 @@ def test_weights_are_quantised_and_the_rest_is_shared():
     assert got["layers"]["norm"] is model["layers"]["norm"]
     assert got["layers"]["up"]["bias"] is model["layers"]["up"]["bias"]
     assert got["step"] is model["step"]
-    assert isinstance(model["head"][0], jax.Array), "the model is left as it is"
+    assert isinstance(model["down"][0], jax.Array), "the model is left as it is"
 
 
 def test_first_match_wins_and_what_none_matches_stays():
@@ -78,10 +78,10 @@ def test_a_rule_alone_a_scale_type_and_weights_that_are_packed_already():
 @pytest.mark.parametrize("search", ["awq", "fit"])
 def test_searches_take_their_inputs_by_path(search):
     model, rule = tree(), Rule(group_size=32, symmetric=False, search=search)
-    sample = {"layers/up/weight": normal(LAYERS, T, K, seed=2), "head/0": normal(T, K, seed=3)}
-    got = quantize_model(model, {"up/weight|head": rule}, inputs=sample)
+    sample = {"layers/up/weight": normal(LAYERS, T, K, seed=2), "down/0": normal(T, K, seed=3)}
+    got = quantize_model(model, {"up/weight|down": rule}, inputs=sample)
     options = {"group_size": 32, "symmetric": False, "search": search}
-    equal(got["head"][0], jax_w4a16.quantize(model["head"][0], inputs=sample["head/0"], **options))
+    equal(got["down"][0], jax_w4a16.quantize(model["down"][0], inputs=sample["down/0"], **options))
     stack = got["layers"]["up"]["weight"].validate()
     for i in range(LAYERS):
         w, x = model["layers"]["up"]["weight"][i], sample["layers/up/weight"][i]
@@ -93,7 +93,7 @@ def test_searches_take_their_inputs_by_path(search):
 
 def test_under_eval_shape():
     shapes = jax.eval_shape(lambda m: quantize_model(m, progress=False), tree())
-    assert shapes["head"][0].shape == (K, N)
+    assert shapes["down"][0].shape == (K, N)
     assert shapes["layers"]["up"]["weight"].qweight.shape == (LAYERS, 2, 2, 128)
 
 
@@ -169,13 +169,44 @@ def test_rule_is_validated():
     assert {Rule(): 1}[Rule()] == 1
 
 
+LEFT = """
+    bias norm1/scales logit_scale in_proj_bias bias_hh_l0 params/dense/biases
+    embed_tokens/weight Embed_0/embedding embeddings.word.weight token_embd.weight wte pos_embed h/wpe
+    shared.weight norm layers/0/input_layernorm/weight LayerNorm_0 norms/0 q_norm/w BatchNormalization_1
+    rms_norm_attention ln_f ln1 h.0.ln_2.weight
+    head head/kernel lm_head/kernel model.lm_head.weight policy_head/out classifier score.weight
+    logits_dense output output.weight
+    router layers/0/router/kernel router_weights mlp.gate.weight moe_router shared_expert_gate
+"""
+TAKEN = """
+    layers/0/mlp/gate_proj gate_up gate_up_proj up_proj q_proj.weight upscale upscale_proj scale_proj
+    normal_proj abnormal/w layers/shared/up shared_experts/up shared_expert/down
+    attention/output/dense/kernel layers.0.output.weight heads header lnear bias2 aggregate navigate/w
+    overhead scored wtemp outputs routers
+"""
+
+
+def packed_by_default(paths):
+    got = quantize_model({path: normal(32, 32) for path in paths} | {"a": normal(32, 32)}, DEFAULT_RULES)
+    return [path for path in paths if isinstance(got[path], QuantizedWeight)]
+
+
 def test_default_rules_leave_what_is_no_linear_layer():
-    paths = ("embed_tokens/weight", "layers/0/input_layernorm/weight", "lm_head/kernel", "layers/up/bias")
-    model = {path: normal(K, N) for path in paths} | {"layers/0/mlp/gate_proj": normal(K, N)}
-    got = quantize_model(model, DEFAULT_RULES)
-    assert [path for path, leaf in got.items() if isinstance(leaf, QuantizedWeight)] == [
-        "layers/0/mlp/gate_proj"
-    ]
+    assert packed_by_default(LEFT.split()) == []
+
+
+def test_default_rules_match_whole_names():
+    assert packed_by_default(TAKEN.split()) == TAKEN.split()
+
+
+def test_float64_is_refused_before_anything_is_packed():
+    """NumPy's default type: nothing is lost, not even a donated weight that comes first."""
+    model = {"a": normal(K, N), "b": [np.ones((K, N))]}
+    with pytest.raises(TypeError, match=r"^b/0: expected float16, bfloat16 or float32, got float64$"):
+        quantize_model(model, donate=True)
+    assert not model["a"].is_deleted()
+    got = quantize_model(model, {"b": Rule(skip=True), "": Rule()})
+    assert got["b"][0] is model["b"][0]
 
 
 def test_refused():
@@ -210,7 +241,25 @@ def test_refused():
             r"s: inputs: expected shape \[L = 3, T, K = 96\] for a stack, got \(24, 96\)",
         ),
         ((model, Rule()), {"scale_dtype": int}, TypeError, "a/b: scale_dtype: expected float16"),
-        (({"w": np.ones((K, N))}, Rule()), {}, TypeError, "w: w: expected float16, .* got float64"),
     ):
         with pytest.raises(error, match=match):
             quantize_model(*arguments, **options)
+
+
+def test_paths_that_read_the_same_are_refused():
+    ones = jnp.ones((64, 16))
+    with pytest.raises(ValueError, match=r"model: expected paths that differ .*\['a/b'\]"):
+        quantize_model({"a": {"b": ones}, "a/b": -ones}, Rule(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "message"),
+    [
+        ((64, 16), [np.ones((4, 64))], "inputs: expected a mapping of paths to samples, got list"),
+        ((2, 64, 16), {"w": [np.ones((4, 64))] * 2}, "w: inputs: expected an array, got list"),
+        ((64, 16), {"w": 1.0}, "w: inputs: expected an array, got float"),
+    ],
+)
+def test_malformed_inputs(shape, inputs, message):
+    with pytest.raises(TypeError, match=message):
+        quantize_model({"w": jnp.ones(shape)}, Rule(search="awq"), inputs=inputs, progress=False)

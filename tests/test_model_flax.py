@@ -130,6 +130,24 @@ def test_inputs_are_what_the_layers_meet():
         jax_w4a16.nnx.record_inputs(layer, [])
 
 
+def test_a_model_may_look_at_its_layers_while_inputs_are_recorded():
+    class Looks(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(K, N, rngs=rngs)
+
+        def __call__(self, x):
+            assert isinstance(self.layer, nnx.Linear)
+            y = self.layer(x.astype(self.layer.kernel[...].dtype))
+            self.layer.calls = getattr(self.layer, "calls", 0) + 1
+            return y.reshape(-1, self.layer.out_features)
+
+    model = Looks(nnx.Rngs(0))
+    got = jax_w4a16.nnx.record_inputs(model, [batch(1), batch(2)])
+    np.testing.assert_array_equal(got["layer"], np.concatenate([batch(1), batch(2)]))
+    assert type(model.layer) is nnx.Linear, "the model is left as it is"
+    assert not hasattr(model.layer, "calls")
+
+
 def test_nnx_donated():
     model = Model(nnx.Rngs(0))
     want = quantize_model(model, RULES)(batch())
@@ -209,14 +227,41 @@ def test_linen_stack_and_layers_that_are_none():
 
     variables = Scanned().init(jax.random.key(0), batch())
     assert variables["params"]["layer"]["kernel"].shape == (3, K, K)
-    got = quantize_model(variables, Rule(group_size=32), scale_dtype=jnp.bfloat16)
+    got = quantize_model(variables, {"layer": Rule(group_size=32)}, scale_dtype=jnp.bfloat16)
     out = Scanned(packed=True).apply(got, batch())
     assert relative(out, Scanned().apply(variables, batch())) < 0.3
+    for rules in (jax_w4a16.DEFAULT_RULES, Rule(), {"other": Rule(), "": Rule()}):
+        with pytest.raises(
+            ValueError, match=r"got none; .*; only a pattern that is not empty takes \['layer'\]"
+        ):
+            quantize_model(variables, rules)
     heads = {"params": {"heads": {"kernel": jnp.ones((K, 2, 8)), "bias": jnp.ones((2, 8))}}}
     with pytest.raises(
         ValueError, match=r"rules: expected one that matches a weight, .* paths of weights: \[\]"
     ):
         quantize_model(heads)
+
+
+def test_linen_kernels_that_are_no_stacks_stay():
+    """Kernels of three dimensions without a bias could be stacks, of three, two or 32 layers."""
+
+    class Model(nn.Module):
+        packed: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(K, (3,), use_bias=False, name="conv")(x)
+            x = nn.MultiHeadDotProductAttention(2, use_bias=False, name="attention")(x)
+            x = nn.DenseGeneral((K, N), name="general")(x)[..., 0]
+            options = {"dtype": jnp.bfloat16, "name": "layer"}
+            return W4A16Dense(K, **options)(x) if self.packed else nn.Dense(K, **options)(x)
+
+    x = batch().reshape(2, 4, K)
+    variables = Model().init(jax.random.key(0), x)
+    for rules in (jax_w4a16.DEFAULT_RULES, Rule(), {"norm": Rule(skip=True), "": Rule()}):
+        got = quantize_model(variables, rules, scale_dtype=jnp.bfloat16)
+        assert set(got["quantized"]) == {"layer"}
+        assert relative(Model(packed=True).apply(got, x), Model().apply(variables, x)) < 0.3
 
 
 def test_linen_group_size_is_the_modules():
