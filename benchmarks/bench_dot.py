@@ -30,7 +30,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks.bench_dot", description=(__doc__ or "").split("\n", 1)[0])
     add_cells(parser)
     parser.add_argument("--columns", type=lambda text: tuple(text.split(",")), default=store.COLUMNS)
-    parser.add_argument("--output", type=Path, help="default: results/<device>.json")
+    parser.add_argument("--output", type=Path, help="default: results/h200.json")
     parser.add_argument("--time-budget", type=float, default=360.0, help="seconds for all of it")
     parser.add_argument("--resume", action="store_true", help="measure only what is missing")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")

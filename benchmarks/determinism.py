@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                     call(0)
                     first = out.clone()
                     differ = torch.zeros((), dtype=torch.int64, device=graph.DEVICE)
-                    # The problems of a configuration share out its runs.
+                    # Both types and all numbers of tokens of a problem share out its runs.
                     count = -(-options.runs // (2 * len(able)))
                     for i in range(count):
                         if i % 2:

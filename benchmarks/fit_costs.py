@@ -201,7 +201,7 @@ def refine(
 
 
 def write(costs: dict[str, Costs], configs: dict[str, dict], path: Path = CONFIGS) -> None:
-    """Replaces the last four arguments of each line of configs.inc."""
+    """Replaces the costs at the end of each line of configs.inc."""
     names = iter(configs)
 
     def line(match: re.Match) -> str:

@@ -1,9 +1,9 @@
 // Round-to-nearest quantisation of one group of weights of one column: the rule that the CPU
-// kernel, the CUDA kernel and _quantize.py share bit for bit. All arithmetic is float32, each
+// kernel, the CUDA kernel and _reference.py share bit for bit. All arithmetic is float32, each
 // operation rounded once.
 //
-//   symmetric   scale = max|w| * (1 / 7.5)          zero = 8        (compressed-tensors' int4
-//   range) asymmetric  scale = (hi - lo) * (1 / 15)        zero = clamp(rint(-lo / scale), 0, 15)
+//   symmetric   scale = max|w| * (1 / 7.5)    zero = 8
+//   asymmetric  scale = (hi - lo) * (1 / 15)  zero = clamp(rint(-lo / scale), 0, 15)
 //               lo = min(0, min w), hi = max(0, max w)
 //   code = clamp(rint(w / scale) + zero, 0, 15)
 //

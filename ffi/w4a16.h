@@ -1,7 +1,7 @@
 /* Public C interface of libw4a16: 4-bit-weight, 16-bit-activation matrix multiplication.
  *
- *   out[M, N] = alpha * x[M, K] . w[K, N] + bias[N],   w[k, n] = (code[k, n] - zero[k/g, n]) *
- * scale[k/g, n]
+ *   out[M, N] = alpha * x[M, K] . w[K, N] + bias[N]
+ *   w[k, n] = (code[k, n] - zero[k/g, n]) * scale[k/g, n]
  *
  * x, scales, zeros, bias are of one type (x_dtype); accumulation is float32. All arrays are dense
  * and row-major; M, N and K are at most 2^30. The weight is packed (layout.h):

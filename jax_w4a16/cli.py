@@ -107,6 +107,10 @@ def _demo(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{where}: expected a tensor {error.args[0]}, got none") from error
 
 
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jax_w4a16",
@@ -115,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     text = "write a 4-bit checkpoint of another format, or a float one, in our own"
-    command = commands.add_parser("convert", help=text, description=text.capitalize() + ".")
+    command = commands.add_parser("convert", help=text, description=_sentence(text))
     command.add_argument("source", type=Path, metavar="IN", help="a .safetensors file, or a folder of them")
     text = "a .safetensors file, which is replaced, as is a link, or a folder"
     command.add_argument("target", type=Path, metavar="OUT", help=text)
@@ -132,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     text = "embed sentences with MiniLM in 4 bits, and compare with float32"
-    command = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
+    command = commands.add_parser("demo", help=text, description=_sentence(text))
     command.add_argument(
         "--model",
         metavar="FOLDER",
@@ -146,14 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     text = "show versions, devices, and the kernels that this machine can run"
-    commands.add_parser("info", help=text, description=text.capitalize() + ".")
+    commands.add_parser("info", help=text, description=_sentence(text))
 
     text = "show what a checkpoint holds"
-    command = commands.add_parser("inspect", help=text, description=text.capitalize() + ".")
+    command = commands.add_parser("inspect", help=text, description=_sentence(text))
     command.add_argument("path", type=Path, metavar="PATH", help="a .safetensors file, or a folder of them")
 
     text = "time every configuration on this GPU, and store the fastest for later runs"
-    command = commands.add_parser("tune", help=text, description=text.capitalize() + ".")
+    command = commands.add_parser("tune", help=text, description=_sentence(text))
     source = command.add_mutually_exclusive_group()
     source.add_argument(
         "--shapes",
@@ -172,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     text = "test every kernel that this machine can run against NumPy"
-    command = commands.add_parser("verify", help=text, description=text.capitalize() + ".")
+    command = commands.add_parser("verify", help=text, description=_sentence(text))
     command.add_argument("--kernel", metavar="TEXT", default="", help="only kernels whose name contains this")
     command.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
     return parser

@@ -162,6 +162,7 @@ def fuse_dense(*layers: Mapping[str, Any], in_features: int, group_size: int = 1
       group_size: of the layers.
 
     Raises:
+      KeyError: a layer has no packed weight.
       ValueError: the layers do not agree, as `jax_w4a16.fuse` wants.
     """
     weight = _fuse.fuse(
@@ -194,7 +195,8 @@ def record_inputs(
       The `inputs` of `jax_w4a16.quantize_model`, [T, K] by path, in the host's memory.
 
     Raises:
-      ValueError: a layer was called inside a jit, scan or vmap of the module's own.
+      ValueError: there are no batches or rows, or a layer was called inside a jit, scan or vmap of the
+        module's own.
     """
     recorder = Recorder(rows=rows, calls=len(batches))
 

@@ -73,7 +73,11 @@ class W4A16Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         weight = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
-        if not isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedWeight):
+            if weight.shape != (in_features, out_features):
+                expected = (in_features, out_features)
+                raise ValueError(f"kernel_init: expected a weight of shape {expected}, got {weight.shape}")
+        else:
             weight = quantize(weight, group_size=group_size, symmetric=symmetric, scale_dtype=param_dtype)
         self.qweight = QuantizedVariable(weight.qweight)
         self.scales = QuantizedVariable(weight.scales)
@@ -90,7 +94,7 @@ class W4A16Linear(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.group_size = weight.group_size
-        self.symmetric = symmetric
+        self.symmetric = weight.zeros is None
         self.preferred_element_type = preferred_element_type
 
     @classmethod
@@ -265,7 +269,8 @@ def record_inputs(
       The `inputs` of `jax_w4a16.quantize_model`, [T, K] by path, in the host's memory.
 
     Raises:
-      ValueError: a layer was called inside a jit, scan or vmap of the model's own.
+      ValueError: there are no batches or rows, or a layer was called inside a jit, scan or vmap of the
+        model's own.
     """
     recorder, watched = Recorder(rows=rows, calls=len(batches)), nnx.clone(model)
     for path, layer in list(nnx.iter_modules(watched)):

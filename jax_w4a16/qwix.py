@@ -58,9 +58,12 @@ def to_qarray(weight: QuantizedWeight) -> QArray:
     """The same weight as a `QArray`, [K, N] or [L, K, N], with a tile of K for each group; not under `jit`.
 
     Raises:
+      TypeError: it is no QuantizedWeight.
       ValueError: a QArray cannot hold the weight, because K is no multiple of its group size, its zero points
         are not integers 0..15, or its inputs are changed first (`input_scale`).
     """
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"weight: expected a QuantizedWeight, got {type(weight).__name__}")
     if own := set(weight.arrays) - {"qweight", "scales", "zeros"}:
         raise ValueError(f"weight: expected no change of the inputs, got {sorted(own)}")
     k, n = weight.shape

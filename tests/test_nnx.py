@@ -78,6 +78,16 @@ def test_from_linear_without_bias_and_of_another_layer():
         W4A16Linear.from_linear(nnx.Embed(4, 4, rngs=nnx.Rngs(0)))
 
 
+def test_kernel_init_may_make_a_packed_weight():
+    weight = jax_w4a16.quantize(jnp.ones((64, 32)), group_size=32, symmetric=False)
+    made = W4A16Linear(64, 32, kernel_init=lambda *_: weight, rngs=nnx.Rngs(0))
+    assert (made.symmetric, made.group_size) == (False, 32)
+    with pytest.raises(
+        ValueError, match=r"kernel_init: expected a weight of shape \(128, 32\), got \(64, 32\)"
+    ):
+        W4A16Linear(128, 32, kernel_init=lambda *_: weight, rngs=nnx.Rngs(0))
+
+
 def test_inputs_are_converted_to_the_computation_type():
     model = layer(dtype=jnp.float16, preferred_element_type=jnp.float32)
     x = inputs(5, dtype=jnp.float32)

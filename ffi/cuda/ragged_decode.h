@@ -1,4 +1,4 @@
-// What ragged_decode.cu (host) and ragged_decode.cuh (kernel) share. Free of CUDA headers, because
+// What decode.cu (host) and ragged_decode.cuh (kernel) share. Free of CUDA headers, because
 // config.cc asks it for the shared memory of a config.
 #pragma once
 

@@ -32,8 +32,10 @@ def save(
 
     Raises:
       TypeError: params is not as described.
-      ValueError: a weight's invariants do not hold, or two tensors would have one name.
-      FileExistsError: the folder holds .safetensors files already.
+      ValueError: a weight's invariants do not hold, two tensors would have one name, or max_file_bytes is
+        less than 1.
+      FileExistsError: the folder holds .safetensors files already, or is a file.
+      IsADirectoryError: the file is a folder.
       FileNotFoundError: the file's folder does not exist.
     """
     if not isinstance(params, Mapping):
