@@ -87,8 +87,9 @@ Status CheckRaggedProblem(const Problem& p, int64_t experts) {
 
 Status CheckRaggedOperands(const Problem& p, const Experts& e, const Operands& o) {
   Problem read = p;
-  if (e.count == 0) read.k = 0;  // nothing is read
+  if (e.count == 0) read.k = 0;  // no weight is read
   if (Status s = CheckOperands(read, o); !s.ok()) return s;
+  if (Status s = CheckPointer("x", o.x, p.m * p.k); !s.ok()) return s;
   return CheckPointer("group_sizes", e.group_sizes, p.m * p.n > 0 ? e.count : 0);
 }
 

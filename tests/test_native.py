@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes as c
 import json
 import subprocess
+import threading
 
+import jax
 import numpy as np
 import pytest
+from conftest import device_of
 
 from jax_w4a16 import _w4a16
 
@@ -367,3 +370,39 @@ def test_program_on_gpu(shape, dtype):
         done = program(*shape, "--dtype", dtype, "--repeats", 3, *flags)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "check       ok" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["decode", "wgmma", "persistent", "cutlass"])
+def test_first_cuda_call_of_a_thread(library, family):
+    """A thread that has made no CUDA call has no context, and no tensor map can be encoded without."""
+    device = device_of("cuda")
+    m, n, k = 64, 512, 256
+    arrays = {
+        "x": np.ones((m, k), np.float16),
+        "qweight": np.full((k // 64, n // 16, 128), 0x99999999, np.uint32),
+        "scales": np.ones((k // 128, n), np.float16),
+        "out": np.zeros((m, n), np.float16),
+        "workspace": np.zeros(1 << 24, np.uint8),
+    }
+    arrays = jax.block_until_ready(jax.device_put(arrays, device))
+    pointers = {name: array.unsafe_buffer_pointer() for name, array in arrays.items()}
+    problem = Problem(m, n, k, 128, F16, F16, 0, 0)
+    operands = Operands(alpha=1.0, workspace_bytes=1 << 24, **pointers)
+    results = []
+
+    def call(name):
+        status = library.w4a16_run_cuda(c.byref(problem), c.byref(operands), name.encode(), None)
+        results.append((status.code, status.message, c.CDLL("libcuda.so.1").cuCtxSynchronize()))
+
+    facts = {"compute_capability": 90, "num_sms": 132, "batch_invariant": False}
+    facts |= {"m": m, "n": n, "k": k, "group_size": 128, "has_zeros": False, "has_bias": False}
+    facts |= {"x_dtype": "float16", "out_dtype": "float16"}
+    for config in _w4a16.configs():
+        if config["family"] == family and _w4a16.can_implement(config["name"], **facts) is None:
+            thread = threading.Thread(target=call, args=(config["name"],))
+            thread.start()
+            thread.join()
+            break
+    assert results == [(OK, b"", 0)]
+    np.testing.assert_array_equal(np.asarray(arrays["out"]), k)

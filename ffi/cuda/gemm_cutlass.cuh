@@ -175,8 +175,9 @@ Status LaunchCutlass(const Problem& p, const Operands& o, const char* name, int 
   args.mainloop.dB = {p.k, cute::_1{}, 0};
   args.mainloop.ptr_S = static_cast<const Element*>(o.scales);
   args.mainloop.dS = {cute::_1{}, p.n, 0};
-  // The one group of a column must also be a multiple of the tile's K.
-  args.mainloop.group_size = static_cast<int>(std::min(p.group_size, BlocksK(p.k) * kBlockK));
+  // The one group of a column must also be a multiple of the tile's K, whatever it is called by.
+  args.mainloop.group_size =
+      static_cast<int>(p.group_size < p.k ? p.group_size : BlocksK(p.k) * kBlockK);
   args.epilogue.ptr_D = static_cast<Element*>(o.out);
   args.epilogue.dD = {cute::_1{}, p.n, 0};
   args.epilogue.thread = {{{o.alpha}}, {}, {static_cast<const Element*>(o.bias)}, {}};

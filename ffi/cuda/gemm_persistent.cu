@@ -1,6 +1,7 @@
 #include <algorithm>
+#include <climits>
 
-#include "cuda_status.h"
+#include "launch.cuh"
 #include "ragged_persistent.cuh"
 #include "tensor_map.h"
 
@@ -9,30 +10,6 @@ namespace w4a16 {
 namespace {
 
 constexpr int64_t kMostKeptBytes = 24 << 20;  // about half of Hopper's L2
-
-template <typename Kernel, typename... Args>
-Status LaunchPersistent(const Config& config, const Kernel& kernel, int64_t ctas,
-                        cudaStream_t stream, const Args&... args) {
-  // An attribute of the function on the current device, so it is set before every launch.
-  if (Status s =
-          ToStatus(cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        kernel.shared_bytes),
-                   config.name);
-      !s.ok())
-    return s;
-
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(config.cluster_n), 1, 1};
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(ctas));
-  launch.blockDim = dim3(kernel.threads);
-  launch.dynamicSmemBytes = kernel.shared_bytes;
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = config.cluster_n > 1 ? 1 : 0;
-  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, args...), config.name);
-}
 
 }  // namespace
 
@@ -48,6 +25,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
   if (schedule.units + schedule.clusters > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles");
 
+  if (Status s = AllowSharedMemory(config.name, kernel.kernel, kernel.shared_bytes); !s.ok())
+    return s;
   PersistentMaps maps = {};
   const int share = config.tile_m / cluster;
   if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share, &maps.x); !s.ok()) return s;
@@ -93,8 +72,9 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
 
-  return LaunchPersistent(config, kernel, std::min(schedule.units, schedule.clusters) * cluster,
-                          stream, maps, params);
+  return LaunchClusters(config.name, kernel.kernel,
+                        std::min(schedule.units, schedule.clusters) * cluster, cluster,
+                        kernel.threads, kernel.shared_bytes, stream, maps, params);
 }
 
 Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o,
@@ -108,6 +88,8 @@ Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o
   if (tiles + num_sms > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": too many tiles");
 
+  if (Status s = AllowSharedMemory(config.name, kernel.kernel, kernel.shared_bytes); !s.ok())
+    return s;
   PersistentMaps maps = {};
   if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &maps.x); !s.ok())
     return s;
@@ -134,8 +116,8 @@ Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
-  return LaunchPersistent(config, kernel, std::min<int64_t>(tiles, num_sms), stream, maps, params,
-                          experts);
+  return LaunchClusters(config.name, kernel.kernel, std::min<int64_t>(tiles, num_sms), 1,
+                        kernel.threads, kernel.shared_bytes, stream, maps, params, experts);
 }
 
 }  // namespace w4a16

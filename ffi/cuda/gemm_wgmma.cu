@@ -1,8 +1,7 @@
 #include <algorithm>
-#include <climits>
 
-#include "cuda_status.h"
 #include "gemm_wgmma.h"
+#include "launch.cuh"
 #include "ragged_wgmma.cuh"
 #include "tensor_map.h"
 
@@ -75,45 +74,20 @@ Status NotCompiled(const Config& config) {
   return Status::Internal(std::string(config.name) + ": not compiled");
 }
 
-// Launches `kernel` for this many tiles.
-template <typename Kernel, typename... Args>
-Status LaunchWgmma(const Config& config, const Kernel& kernel, int64_t tiles, cudaStream_t stream,
-                   const Args&... args) {
-  if (tiles * config.split_k > INT_MAX)
-    return Status::Unsupported(std::string(config.name) + ": too many tiles for one grid");
-
-  // An attribute of the function on the current device, so it is set before every launch.
-  if (Status s =
-          ToStatus(cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        kernel.shared_bytes),
-                   config.name);
-      !s.ok())
-    return s;
-
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(config.split_k), 1, 1};
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(tiles * config.split_k));
-  launch.blockDim = dim3(kernel.threads);
-  launch.dynamicSmemBytes = kernel.shared_bytes;
-  launch.stream = stream;
-  launch.attrs = &cluster;
-  launch.numAttrs = config.split_k > 1 ? 1 : 0;
-  return ToStatus(cudaLaunchKernelEx(&launch, kernel.kernel, args...), config.name);
-}
-
 }  // namespace
 
 Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindWgmmaF16 : FindWgmmaBf16;
   const WgmmaKernel kernel = find(config, p.has_zeros, FoldsScales(config, p));
   if (kernel.kernel == nullptr) return NotCompiled(config);
+  if (Status s = AllowSharedMemory(config.name, kernel.kernel, kernel.shared_bytes); !s.ok())
+    return s;
   const WgmmaParams params = ParamsOf(p, o, config, kernel.blocks, 1);
   WgmmaMaps maps;
   if (Status s = EncodeMaps(p, o, config, params, kernel.blocks, 1, &maps); !s.ok()) return s;
-  return LaunchWgmma(config, kernel, static_cast<int64_t>(params.tiles_n) * params.tiles_m, stream,
-                     maps, params);
+  const int64_t tiles = static_cast<int64_t>(params.tiles_n) * params.tiles_m;
+  return LaunchClusters(config.name, kernel.kernel, tiles * config.split_k, config.split_k,
+                        kernel.threads, kernel.shared_bytes, stream, maps, params);
 }
 
 Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, const Config& config,
@@ -121,12 +95,15 @@ Status RunRaggedWgmma(const Problem& p, const Experts& e, const Operands& o, con
   const auto find = p.x_dtype == W4A16_F16 ? FindRaggedWgmmaF16 : FindRaggedWgmmaBf16;
   const RaggedWgmmaKernel kernel = find(config, p.has_zeros, FoldsScales(config, p));
   if (kernel.kernel == nullptr) return NotCompiled(config);
+  if (Status s = AllowSharedMemory(config.name, kernel.kernel, kernel.shared_bytes); !s.ok())
+    return s;
   const WgmmaParams params = ParamsOf(p, o, config, kernel.blocks, e.count);
   const ExpertParams experts = ExpertParamsOf(p, e, config.tile_n);
   WgmmaMaps maps;
   if (Status s = EncodeMaps(p, o, config, params, kernel.blocks, e.count, &maps); !s.ok()) return s;
-  return LaunchWgmma(config, kernel, MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n,
-                     stream, maps, params, experts);
+  const int64_t tiles = MostExpertTiles(p.m, e.count, config.tile_m) * experts.tiles_n;
+  return LaunchClusters(config.name, kernel.kernel, tiles * config.split_k, config.split_k,
+                        kernel.threads, kernel.shared_bytes, stream, maps, params, experts);
 }
 
 }  // namespace w4a16
