@@ -3,10 +3,10 @@
     python -m benchmarks.fit_costs [--sweep results/h200_sweep.json] [--refine SEED] [--write]
 
 A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc
-says what these are, and what `resident` is, which is not fitted. Each configuration is fitted alone, over all
-rows of whatever type, by least squares of the relative error with costs of at least 0. --refine starts from
-the costs that are there instead, and moves them at random for as long as the choice gets better. Prints how
-far the choice by the new costs is from the best of each cell.
+says what these are. Each configuration is fitted alone, over all rows of whatever type, by least squares of
+the relative error with costs of at least 0. --refine starts from the costs that are there instead, and moves
+them at random for as long as the choice gets better. Prints how far the choice by the new costs is from the
+best of each cell.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from benchmarks.report import geomean
 CONFIGS = Path(__file__).parent.parent / "ffi" / "configs.inc"
 SMS = 132
 BLOCK_K = 64
-# A line of configs.inc: what makes its name, and its costs. They alone have decimal points.
-LINE = r"(W4A16_\w+\([^.\n]*), ([\d.]+), ([\d.]+), ([\d.]+), (\d+\.\d+)(?:, (\d+))?\)"
+# A line of configs.inc: what makes its name, its costs, which alone have decimal points, and what may follow.
+LINE = r"(W4A16_\w+\([^.\n]*), ([\d.]+), ([\d.]+), ([\d.]+), (\d+\.\d+)((?:, \d+)?\))"
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -42,7 +42,7 @@ REFINE_ROUNDS, REFINE_TRIES, REFINE_LEAST, REFINE_NEAR = 30, 6, 1e-5, 1.2
 FILLS = (1, 1.15, 1.5, 2, 2.4)  # persistent kernels: 0, for their waves may be fractions
 
 
-def terms(config: dict, fill: float, resident: int, n: int, k: int, m: int) -> np.ndarray:
+def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
     """What start, step and tile are multiplied by: the twin of PredictedUs in heuristics.cc."""
     tiles_n = ceil_div(ceil_div(n, config["tile_n"]), config["cluster_n"]) * config["cluster_n"]
     tiles_m = ceil_div(ceil_div(m, config["tile_m"]), config["cluster_m"]) * config["cluster_m"]
@@ -55,8 +55,8 @@ def terms(config: dict, fill: float, resident: int, n: int, k: int, m: int) -> n
         waves = persistent_waves(config, n, m)
     else:
         waves = ceil_div(tiles * config["split_k"], SMS)
-        if waves > resident:
-            waves = ceil_div(waves, resident) * resident
+        if waves > config["resident"]:
+            waves = ceil_div(waves, config["resident"]) * config["resident"]
     return np.array([1, max(waves, fill) * steps, waves])
 
 
@@ -96,20 +96,19 @@ def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """The last four or five arguments of a line of configs.inc, start and tile in us, step in us too."""
+    """What a line of configs.inc says of its time, start and tile in us, step in us too."""
 
     start: float
     step: float
     tile: float
     fill: float
-    resident: int = 1
 
     def predict(self, config: dict, n: int, k: int, m: int) -> float:
         """Microseconds."""
-        return float(terms(config, self.fill, self.resident, n, k, m) @ (self.start, self.step, self.tile))
+        return float(terms(config, self.fill, n, k, m) @ (self.start, self.step, self.tile))
 
 
-def fit(config: dict, resident: int, rows: list[tuple[int, int, int, float, float]]) -> Costs:
+def fit(config: dict, rows: list[tuple[int, int, int, float, float]]) -> Costs:
     """The costs that fit rows of (n, k, m, us, best us) best; near the best they matter most."""
     rows = sorted(rows, key=lambda row: row[3] / row[4])
     near = [row for row in rows if row[3] <= NEAR * row[4]]
@@ -117,10 +116,10 @@ def fit(config: dict, resident: int, rows: list[tuple[int, int, int, float, floa
     weights = np.array([(best / us) ** POWER for *_, us, best in rows])
     fits = []
     for fill in (0,) if config["family"] == "persistent" else FILLS:
-        a = np.array([terms(config, fill, resident, n, k, m) / us for n, k, m, us, _ in rows])
+        a = np.array([terms(config, fill, n, k, m) / us for n, k, m, us, _ in rows])
         costs, error = fit_linear(a, weights)
         start, step, tile = map(float, costs)
-        fits.append((error, Costs(start, step, tile, fill, resident)))
+        fits.append((error, Costs(start, step, tile, fill)))
     return min(fits, key=lambda pair: pair[0])[1]
 
 
@@ -134,8 +133,8 @@ def read(configs: dict[str, dict], path: Path = CONFIGS) -> dict[str, Costs]:
     """The costs in configs.inc."""
     lines = re.findall(rf"^{LINE}$", path.read_text(), re.M)
     return {
-        name: Costs(float(start), float(step) / 1e3, float(tile), float(fill), int(resident or 1))
-        for name, (_, start, step, tile, fill, resident) in zip(configs, lines, strict=True)
+        name: Costs(float(start), float(step) / 1e3, float(tile), float(fill))
+        for name, (_, start, step, tile, fill, _) in zip(configs, lines, strict=True)
     }
 
 
@@ -186,7 +185,6 @@ def refine(
                     round(c.step * math.exp(generator.gauss(0, 0.03)), 4),
                     max(0.0, round(c.tile + generator.gauss(0, 0.2), 2)),
                     c.fill,
-                    c.resident,
                 )
                 kept = choices.predicted[:, column].copy()
                 choices.predicted[:, column] = choices.predict(name, moved)
@@ -210,15 +208,14 @@ def write(costs: dict[str, Costs], configs: dict[str, dict], path: Path = CONFIG
             return match[0]
         c = costs[name]
         fill = f"{c.fill:.2f}".removesuffix("0")
-        resident = f", {c.resident}" if c.resident > 1 else ""
-        return f"{match[1]}, {c.start:.2f}, {c.step * 1e3:.1f}, {c.tile:.2f}, {fill}{resident})"
+        return f"{match[1]}, {c.start:.2f}, {c.step * 1e3:.1f}, {c.tile:.2f}, {fill}{match[6]}"
 
     path.write_text(re.sub(rf"^{LINE}$", line, path.read_text(), flags=re.M))
 
 
 def fit_all(configs: dict[str, dict], sweep: list[dict]) -> dict[str, Costs]:
     """Each configuration's fit, printed; none where there are too few measurements."""
-    costs, residents = {}, {name: c.resident for name, c in read(configs).items()}
+    costs = {}
     for name, config in configs.items():
         rows = [
             (row["N"], row["K"], row["M"], us, row["us"][row["best"]])
@@ -228,7 +225,7 @@ def fit_all(configs: dict[str, dict], sweep: list[dict]) -> dict[str, Costs]:
         if len(rows) < 4:
             print(f"{name}: {len(rows)} measurements, left as it is")
             continue
-        c = costs[name] = fit(config, residents[name], rows)
+        c = costs[name] = fit(config, rows)
         errors = [abs(c.predict(config, n, k, m) / us - 1) for n, k, m, us, _ in rows]
         print(
             f"{name:48s} start {c.start:6.2f} us  step {c.step * 1e3:6.1f} ns  tile {c.tile:5.2f} us  "

@@ -84,6 +84,7 @@ nb::list Configs() {
     entry["cluster_n"] = c.cluster_n;
     entry["cluster_m"] = c.cluster_m;
     entry["ragged"] = c.ragged;
+    entry["resident"] = c.resident;
     configs.append(entry);
   }
   return configs;

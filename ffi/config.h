@@ -37,7 +37,8 @@ struct Config {
   bool ragged = false;  // finds its rows and weights by expert
   Schedule schedule = Schedule::kNone;
   Scheduler scheduler = Scheduler::kDataParallel;
-  float start_us = 0, step_ns = 0, tile_us = 0, fill = 1;  // measured: heuristics.cc
+  // Measured: heuristics.cc says what they are.
+  float start_us = 0, step_ns = 0, tile_us = 0, fill = 1;
   int resident = 1;
 };
 

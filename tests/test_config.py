@@ -134,7 +134,6 @@ def test_costs_are_written_as_they_are_read(tmp_path):
     file.write_text(fit_costs.CONFIGS.read_text())
     fit_costs.write(costs, configs, file)
     assert file.read_text() == fit_costs.CONFIGS.read_text()
-    assert max(cost.resident for cost in costs.values()) > 1
     moved = {name: dataclasses.replace(cost, start=cost.start + 1) for name, cost in costs.items()}
     fit_costs.write(moved, configs, file)
     again = fit_costs.read(configs, file)
