@@ -99,14 +99,6 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    try:
-        return demo.main(arguments.model, arguments.checkpoint)
-    except KeyError as error:  # another model's
-        where = arguments.checkpoint or arguments.model or demo.PACKAGE
-        raise ValueError(f"{where}: expected a tensor {error.args[0]}, got none") from error
-
-
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
@@ -213,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _convert.inspect(arguments.path)
         if arguments.command == "tune":
             return _tune(arguments)
-        return _demo(arguments)
+        return demo.main(arguments.model, arguments.checkpoint)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

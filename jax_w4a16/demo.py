@@ -150,8 +150,16 @@ def load(path: pathlib.Path) -> Model:
 
 
 def load_params(path: pathlib.Path, config: _minilm.Config) -> _minilm.Params:
-    """The parameters in a folder, float or in any of the formats of `jax_w4a16.checkpoint`."""
-    return _minilm.from_tensors(load_checkpoint(path, progress=False), config)
+    """The parameters in a folder, float or in any of the formats of `jax_w4a16.checkpoint`.
+
+    Raises:
+      ValueError: the checkpoint is malformed, or of another model.
+    """
+    tensors = load_checkpoint(path, progress=False)
+    try:
+        return _minilm.from_tensors(tensors, config)
+    except KeyError as error:
+        raise ValueError(f"{path}: expected a tensor {error.args[0]}, got none") from error
 
 
 def tokenize(tokenizer, sentences: Sequence[str]) -> tuple[jax.Array, jax.Array]:

@@ -253,6 +253,15 @@ def test_checkpoints_of_each_format_embed(form, tmp_path):
     assert demo.cosines(got, encode(params(), ids, mask)).min() > 0.97
 
 
+def test_checkpoint_of_another_model(tmp_path):
+    others = {name: a for name, a in tensors().items() if name != "embeddings.word_embeddings.weight"}
+    folder = write_checkpoint("gptq", others, tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"other: expected a tensor embeddings\.word_embeddings\.weight, got none"
+    ):
+        demo.load_params(folder, CONFIG)
+
+
 @pytest.fixture(scope="module")
 def minilm():
     try:
