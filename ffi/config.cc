@@ -93,7 +93,7 @@ Status Refuse(const Config& config, const std::string& why) {
 
 // What a CTA may use of an SM's shared memory, by compute capability.
 int SharedMemoryPerCta(int cc) {
-  const int kib = cc == 80 || cc == 87 ? 163 : cc >= 90 && cc < 120 ? 227 : 99;
+  const int kib = cc < 80 ? 64 : cc == 80 || cc == 87 ? 163 : cc >= 90 && cc < 120 ? 227 : 99;
   return kib * 1024;
 }
 
@@ -146,6 +146,18 @@ constexpr bool HasClusters(int compute_capability) {
 #endif
 }
 
+// The first devices that decode's code is compiled for.
+#ifdef W4A16_NO_TURING
+constexpr int kLeastCapability = 80;
+#else
+constexpr int kLeastCapability = 75;
+#endif
+
+// As "8.0".
+std::string CapabilityText(int cc) {
+  return std::to_string(cc / 10) + "." + std::to_string(cc % 10);
+}
+
 // The configuration that serves a batch-invariant problem whatever M is, where Hopper's cannot.
 bool IsInvariantDecode(const Config& config) {
   for (const Config& c : kConfigs) {
@@ -177,13 +189,17 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
   const int cc = device.compute_capability;
   if (p.x_dtype == W4A16_F32)
     return Refuse(config, "x is float32; CUDA kernels take float16 or bfloat16");
-  if (cc < 80)
-    return Refuse(config, "needs compute capability 8.0 or later, got " + std::to_string(cc));
+  if (cc < kLeastCapability || (cc < 80 && p.x_dtype != W4A16_F16))
+    return Refuse(config, "needs compute capability " + CapabilityText(kLeastCapability) +
+                              " or later, and 8.0 for bfloat16; got " + CapabilityText(cc) +
+                              " and " + DTypeName(p.x_dtype));
   if (p.batch_invariant && !SumsInOneOrder(p, cc, config))
     return Refuse(config, "sums in an order of its own; a batch-invariant result needs one order");
   if (config.family == Family::kDecode) {
     if (config.split_k > 1 && !HasClusters(cc))
       return Refuse(config, "split-K is a cluster, compiled for compute capability 9.0 alone");
+    if (cc < 80 && (config.warps > kTuringWarps || config.tile_n * config.tile_m > kTuringOutputs))
+      return Refuse(config, "has more warps or a larger tile than is compiled before 8.0");
     return CheckSharedMemory(device, config, SharedMemoryOfDecode(p, config).total_bytes);
   }
   if (const char* why = HopperRefusal(p, cc); why != nullptr) return Refuse(config, why);

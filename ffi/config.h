@@ -12,7 +12,7 @@
 namespace w4a16 {
 
 enum class Family {
-  kDecode,      // cuda/decode.cuh: mma.sync, every GPU from sm_80, any problem
+  kDecode,      // cuda/decode.cuh: mma.sync, every GPU from sm_75, any problem
   kWgmma,       // cuda/gemm_wgmma.cuh: packed weights as wgmma's register operand, sm_90a
   kPersistent,  // cuda/gemm_persistent.cuh: likewise, one CTA per SM for all its tiles, sm_90a
   kCutlass,     // cuda/gemm_cutlass.cuh: CUTLASS mixed-input collective, sm_90a

@@ -11,6 +11,8 @@ import jax
 from jax_w4a16 import _tuned
 from jax_w4a16._ffi import native
 
+MOST_DECODED_ROWS = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -77,6 +79,14 @@ def choose(problem: Problem, device: Device, explicit: str | None = None) -> tup
         return native.select(**facts)
     except ValueError as error:
         raise NoKernelError(str(error)) from error
+
+
+def is_better_dense(problem: Problem, config: str) -> bool:
+    """Whether to dequantise the weight once, for XLA's product, rather than have `config` serve.
+
+    Decode dequantises for every 16 rows. What is to be batch-invariant must be the kernel's.
+    """
+    return config.startswith("decode_") and problem.m > MOST_DECODED_ROWS and not problem.batch_invariant
 
 
 def choose_ragged(problem: Problem, experts: int, device: Device, explicit: str | None = None) -> str:

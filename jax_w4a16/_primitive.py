@@ -182,7 +182,14 @@ def _dot_kernel(
         dtypes = x.dtype.name, out_dtype.name
         options = has_zeros, has_bias, batch_invariant
         problem = _config.Problem(m, n, x.shape[-1], group_size, *dtypes, *options)
-        config, workspace_bytes = _config.choose(problem, gpu, config)
+        chosen, workspace_bytes = _config.choose(problem, gpu, config)
+        if config is None and _config.is_better_dense(problem, chosen):
+            optional = {"has_zeros": has_zeros, "has_bias": has_bias}
+            run = functools.partial(
+                _dot_dense, group_size=group_size, alpha=alpha, out_dtype=out_dtype, **optional
+            )
+            return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+        config = chosen
     return custom_call(
         ctx,
         "w4a16_dot",
@@ -195,6 +202,15 @@ def _dot_kernel(
         batch_invariant=batch_invariant,
         config=config,
     )
+
+
+def _dot_dense(*operands, group_size, alpha, out_dtype, has_zeros, has_bias):
+    """XLA's product with the weight, dequantised to x's type in memory."""
+    x, qweight, scales, zeros, bias = _split(operands, 3, has_zeros, has_bias)
+    w = dequantize(qweight, scales, zeros, k=x.shape[-1], group_size=group_size, dtype=x.dtype)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    out = alpha * lax.dot_general(x, w, contract, preferred_element_type=_F32)
+    return (out if bias is None else out + bias.astype(_F32)).astype(out_dtype)
 
 
 def _dequantize_kernel(ctx, platform: str, operands, *, group_size, has_zeros, **_):

@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import oracle
 import pytest
 
@@ -148,6 +149,51 @@ def test_a_gpu_that_no_kernel_serves(monkeypatch):
         lowered(monkeypatch, device=ancient, implementation="cuda")
     with pytest.raises(ValueError, match="cannot serve"):
         lowered(monkeypatch, device=ancient, config=able()[0])
+
+
+AMPERE = _config.Device("another GPU", 80, 108)
+
+
+@pytest.mark.parametrize(
+    ("device", "m", "params", "dense"),
+    [
+        (AMPERE, 256, {}, False),
+        (AMPERE, 257, {}, True),
+        (AMPERE, 4096, {"batch_invariant": True}, False),
+        (AMPERE, 4096, {"config": "decode_32x16_b2_w4_t1_s2_k1"}, False),
+        (H200, 4096, {}, False),
+        (None, 4096, {}, False),
+    ],
+)
+def test_many_rows_where_decode_alone_serves(monkeypatch, device, m, params, dense):
+    """The weight is dequantised once; a kernel asked for by name, or an invariant one, still serves."""
+    text = lowered(monkeypatch, device, m, **params)
+    assert ("@w4a16_dequantize(" in text and "dot_general" in text) == dense
+    assert ("@w4a16_dot(" in text) != dense
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        oracle.Case(300, 512, 320, 64, "float16", "float32", "fractional", True, alpha=0.5),
+        oracle.Case(300, 512, 320, 64),
+    ],
+)
+def test_product_of_many_rows_on_another_gpu(monkeypatch, case):
+    """Against the oracle, on this GPU as if it were that one."""
+    from conftest import device_of
+
+    monkeypatch.setattr(_config, "local_gpu", lambda: AMPERE)
+    ops = oracle.operands(case)
+    params = {"group_size": case.group_size, "alpha": case.alpha, "out_dtype": case.out_dtype}
+    with jax.default_device(device_of("cuda")):
+        run = jax.jit(lambda *operands: _primitive.dot(*operands, **params))
+        args = (ops.x, ops.qweight, ops.scales, ops.zeros, ops.bias)
+        text = run.lower(*args).as_text()
+        assert "@w4a16_dequantize(" in text
+        assert "@w4a16_dot(" not in text
+        oracle.check_close(case, ops, np.asarray(run(*args)))
 
 
 def test_local_gpu_is_none_or_a_device():

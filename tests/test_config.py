@@ -232,24 +232,44 @@ def test_without_workspace_nothing_that_needs_one():
         assert workspace == 0
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 100, 103, 120])
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 100, 103, 120])
 def test_other_gpus_get_the_portable_kernel(capability):
     """Without clusters, which the code of sm_80 has not, whatever device runs it."""
     configs, device = {c["name"]: c for c in _w4a16.configs()}, {"num_sms": 148}
-    for m, (n, k) in itertools.product((1, 8, 16, 64, 4096), [*SHAPES, (1024, 8192), (96, 100)]):
-        args = problem(m, n, k)
+    for m, (n, k), invariant in itertools.product(
+        (1, 8, 16, 64, 4096), [*SHAPES, (1024, 8192), (96, 100)], (False, True)
+    ):
+        args = problem(m, n, k, x_dtype="float16", group_size=32, has_zeros=True, batch_invariant=invariant)
         config, _ = _w4a16.select(**args, compute_capability=capability, **device)
         assert configs[config]["family"] == "decode"
         assert configs[config]["split_k"] == 1
+    args = problem(1, 4096, 4096, x_dtype="float16")
     for name, c in configs.items():
         if c["split_k"] > 1:
             refusal = _w4a16.can_implement(name, **args, compute_capability=capability, **device)
             assert "compute capability 9.0 alone" in refusal or "ragged" in refusal
 
 
-def test_old_gpu_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"needs compute capability 8\.0"):
-        _w4a16.select(**problem(1, 4096, 4096), compute_capability=75, num_sms=40)
+def test_turing_has_fewer_warps_and_smaller_tiles():
+    """Its kernels hold copies in registers, and 64 KB of shared memory hold fewer stages."""
+    configs = {c["name"]: c for c in _w4a16.configs()}
+    turing = {"compute_capability": 75, "num_sms": 40}
+    args = problem(1, 4096, 4096, x_dtype="float16")
+    for name, c in configs.items():
+        refusal = _w4a16.can_implement(name, **args, **turing)
+        if c["family"] == "decode" and (c["warps"] > 8 or c["tile_n"] * c["tile_m"] > 1024):
+            assert refusal is not None, name
+    ragged = _w4a16.ragged_select(experts=8, **problem(64, 4096, 4096, x_dtype="float16"), **turing)
+    assert configs[ragged]["tile_n"] * configs[ragged]["tile_m"] <= 1024
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(70, "float16"), (75, "bfloat16")])
+def test_old_gpu_is_refused_with_the_reason(capability, dtype):
+    args = problem(1, 4096, 4096, x_dtype=dtype)
+    reason = rf"needs compute capability 7\.5 or later, and 8\.0 for bfloat16; got 7\.\d and {dtype}"
+    for select in (_w4a16.select, lambda **a: _w4a16.ragged_select(experts=8, **a)):
+        with pytest.raises(ValueError, match=reason):
+            select(**args, compute_capability=capability, num_sms=40)
 
 
 def test_float32_activations_are_refused_with_the_reason():

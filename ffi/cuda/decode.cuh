@@ -38,9 +38,9 @@
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit
-// the grid, shared memory as in decode.h (RunDecode); sm_80, sm_90 for split_k > 1, enough shared
-// memory (CanImplement). Rows of x, scales and out may be unaligned: x_aligned and n_aligned choose
-// slower copies.
+// the grid, shared memory as in decode.h (RunDecode); sm_75, sm_80 for bfloat16, sm_90 for split_k
+// > 1, enough shared memory (CanImplement). Rows of x, scales and out may be unaligned: x_aligned
+// and n_aligned choose slower copies.
 //
 // Synchronisation invariants
 //  1. A thread reads a stage only after its own cp.async.wait_group for that stage and then its
@@ -70,9 +70,17 @@ __device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
   return ToFloat(*reinterpret_cast<const T*>(&bits));
 }
 
+// Whether this code is for Turing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kTuring = true;
+#else
+inline constexpr bool kTuring = false;
+#endif
+
 // Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread. `general`: the kernel
 // of the most parts.
 __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team, bool general) {
+  if (kTuring) return 32 * kTuringWarps;
   const int outputs = tile_n * tile_m / team;  // of a warp
   return outputs <= 64 * 8 && !general ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
@@ -501,6 +509,7 @@ template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStage
 __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 * kBlocks), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
+  if (kTuring && kTileN * kTileM > kTuringOutputs) return;  // never launched
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
   extern __shared__ __align__(128) char shared[];
@@ -648,12 +657,12 @@ DecodeKernelPointer KernelForParts(int parts) {
 
 template <typename T>
 DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                \
-  static_assert(WARPS * 32 <= MaxThreads(N, M, TEAM, true) && WARPS % TEAM == 0 && \
-                SPLIT * 4 <= N && (SPLIT & (SPLIT - 1)) == 0);                     \
-  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&    \
-      c.stages == STAGES)                                                          \
-    return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)  \
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                             \
+  static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, TEAM, true)) && WARPS % TEAM == 0 && \
+                SPLIT * 4 <= N && (SPLIT & (SPLIT - 1)) == 0);                                  \
+  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                 \
+      c.stages == STAGES)                                                                       \
+    return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)               \
                      : KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_PERSISTENT(...)

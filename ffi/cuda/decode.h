@@ -33,6 +33,10 @@ struct DecodeParams {
 
 using DecodeKernelPointer = void (*)(DecodeParams);
 
+// Of a CTA on Turing, at most, warps and outputs of a tile: for want of asynchronous copies its
+// registers hold what is on the way.
+inline constexpr int kTuringWarps = 8, kTuringOutputs = 1024;
+
 // A row of x in a stage: 16 bytes apart from a multiple of 128, so that ldmatrix finds the rows of
 // 8 tokens in different banks.
 W4A16_HD constexpr int XRowBytes(int blocks) { return blocks * kBlockK * 2 + 16; }

@@ -1,4 +1,5 @@
-// The PTX instructions that the portable kernels use (sm_80 and later; clusters from sm_90).
+// The PTX instructions that the portable kernels use: sm_75 and later, bfloat16 from sm_80,
+// clusters from sm_90.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +13,7 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 // L2 policy for data that is read once.
 __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   uint64_t policy;
@@ -68,6 +70,44 @@ __device__ __forceinline__ uint4 LoadGlobalOnce(const uint4* p, uint64_t policy)
                : "l"(p), "l"(policy));
   return v;
 }
+#else
+// Turing has neither policies nor asynchronous copies: these are done when they return. A compiler
+// may start several loads before the first of their stores, since a load is not volatile.
+__device__ __forceinline__ uint64_t EvictFirstPolicy() { return 0; }
+
+__device__ __forceinline__ uint4 LoadGlobalOnce(const uint4* p, uint64_t) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ void StoreShared128(uint32_t address, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, uint64_t policy = 0) {
+  StoreShared128(dst, LoadGlobalOnce(static_cast<const uint4*>(src), policy));
+}
+
+__device__ __forceinline__ void CopyAsync(uint32_t dst, const void* src, bool wanted) {
+  if (wanted) CopyAsync(dst, src);
+}
+
+__device__ __forceinline__ void CopyAsyncShared(uint32_t dst, const void* src, bool wanted,
+                                                bool exists) {
+  if (wanted)
+    StoreShared128(dst, exists ? __ldg(static_cast<const uint4*>(src)) : uint4{0, 0, 0, 0});
+}
+
+__device__ __forceinline__ void CopyAsyncCommit() {}
+
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {}
+#endif
 
 // kWords (2 or 4) words, aligned to their size.
 template <int kWords>
@@ -130,13 +170,25 @@ __device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4], uint3
 template <>
 __device__ __forceinline__ void Mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                             uint32_t b1, const float (&c)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // half of K at a time
+  asm("{\n\t.reg .f32 e<4>;\n\t"
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {e0, e1, e2, e3}, {%4, %5}, {%8}, "
+      "{%10, %11, %12, %13};\n\t"
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%6, %7}, {%9}, "
+      "{e0, e1, e2, e3};\n\t}"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+#else
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
         "f"(c[2]), "f"(c[3]));
+#endif
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 template <>
 __device__ __forceinline__ void Mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                                    uint32_t b0, uint32_t b1, const float (&c)[4]) {
@@ -146,6 +198,7 @@ __device__ __forceinline__ void Mma<__nv_bfloat16>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
         "f"(c[2]), "f"(c[3]));
 }
+#endif
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // A cluster's barrier. The arrival orders no memory but mbarriers, by MbarrierInit.

@@ -28,6 +28,7 @@ constexpr int kScaleColumns = 32;
 constexpr int kScaleRowThreads = kScaleThreads / (kScaleColumns / 8);
 
 // max and min that keep a NaN, as MaxOrNan and MinOrNan.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 __device__ __forceinline__ float MaxNan(float a, float b) {
   float d;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
@@ -38,6 +39,10 @@ __device__ __forceinline__ float MinNan(float a, float b) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 }
+#else
+__device__ __forceinline__ float MaxNan(float a, float b) { return a > b || isnan(a) ? a : b; }
+__device__ __forceinline__ float MinNan(float a, float b) { return a < b || isnan(a) ? a : b; }
+#endif
 __device__ __forceinline__ __half2 MaxNan(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
 __device__ __forceinline__ __half2 MinNan(__half2 a, __half2 b) { return __hmin2_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat162 MaxNan(__nv_bfloat162 a, __nv_bfloat162 b) {
