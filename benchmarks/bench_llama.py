@@ -67,7 +67,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, weights: str, ways: int):
         import jax
 
-        from benchmarks import llama, llama_weights
+        from benchmarks import llama, llama_sum, llama_weights
 
         self.options, self.llama = options, llama
         packed = weights == "w4a16"
@@ -79,6 +79,9 @@ class Bench:
             decode_attention=options.decode_attention if jax.default_backend() == "gpu" else "xla",
         )
         self.mesh = llama.make_mesh(ways)
+        if self.mesh is not None and options.row_sum == "kernel" and jax.default_backend() == "gpu":
+            llama_sum.connect(tuple(self.mesh.devices))
+            config = dataclasses.replace(config, row_sum="kernel")
         if options.checkpoint:
             tensors = llama_weights.load_tensors(options.checkpoint)
             config = llama_weights.checkpoint_config(config, tensors)
@@ -351,6 +354,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of the prefill")
     parser.add_argument(
         "--decode-attention", choices=("xla", "pallas"), default="pallas", help="of a decoding step"
+    )
+    parser.add_argument(
+        "--row-sum", choices=("xla", "kernel"), default="kernel", help="of o and down over several GPUs"
     )
     parser.add_argument("--output", type=Path, default=store.RESULTS / "llama.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in this process

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import device_of
+from jax.sharding import PartitionSpec as P
 
 import jax_w4a16
 from jax_w4a16 import QuantizedWeight
@@ -22,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 pytest.importorskip("flax")
 
-from benchmarks import bench_llama, llama, llama_weights
+from benchmarks import bench_llama, llama, llama_sum, llama_weights
 from benchmarks.llama_config import SIZES, Config
 
 PROMPT, STEPS = 12, 200
@@ -60,9 +62,27 @@ def all_logits(config, state, tokens):
     return np.asarray(llama.program(config, read)(state, cache, jnp.asarray(tokens)))
 
 
+def gpus(ways):
+    if len(jax.devices(device_of("cuda").platform)) < ways or llama_sum.find_nvcc() is None:
+        pytest.skip(f"needs {ways} GPUs and nvcc")
+    return llama.make_mesh(ways)
+
+
 def use_reference(monkeypatch):
     monkeypatch.setattr(layers, "dot", functools.partial(jax_w4a16.dot, implementation="reference"))
     monkeypatch.setattr(llama, "_run_layer", jax.jit(llama._run_layer.__wrapped__, static_argnums=0))
+
+
+def dot_of(implementation, dtype):
+    """`jax_w4a16.dot` that takes x in `dtype` and returns what it would have without."""
+
+    def dot(x, weight, *, bias=None, preferred_element_type=None):
+        weight = dataclasses.replace(weight, scales=weight.scales.astype(dtype))
+        out = x.dtype if preferred_element_type is None else preferred_element_type
+        options = {"preferred_element_type": out, "implementation": implementation}
+        return jax_w4a16.dot(x.astype(dtype), weight, bias=bias, **options)
+
+    return dot
 
 
 class TestGeneration:
@@ -81,6 +101,26 @@ class TestGeneration:
         sequence = np.concatenate([prompt_of(CONFIG), tokens[:, :-1]], axis=1)
         best = np.sort(all_logits(CONFIG, state_of(CONFIG), sequence)[0, PROMPT - 1 :], axis=-1)
         assert (best[:, -1] - best[:, -2]).min() > 10 * np.abs(logits - expected_logits).max()
+        assert len(np.unique(tokens)) > 30
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_gpu_kernels_and_reference_choose_the_same_200_tokens(self, dtype, monkeypatch):
+        """Products take x in 16 bits; between them all stays in float32, where the two hardly differ."""
+        results = {}
+        with jax.default_device(device_of("cuda")), jax.default_matmul_precision("highest"):
+            for implementation in ("cuda", "reference"):
+                monkeypatch.setattr(layers, "dot", dot_of(implementation, dtype))
+                # The present one's trace is of the other implementation.
+                monkeypatch.setattr(
+                    llama, "_run_layer", jax.jit(llama._run_layer.__wrapped__, static_argnums=0)
+                )
+                results[implementation] = generate(CONFIG, llama_weights.random_state(CONFIG))
+        (tokens, logits), (expected, expected_logits) = results["cuda"], results["reference"]
+        assert tokens.shape == (1, STEPS + 1)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_allclose(logits, expected_logits, rtol=1e-3)
+        assert (logits != expected_logits).any()  # they are two implementations
         assert len(np.unique(tokens)) > 30
 
     @pytest.mark.parametrize("packed", [True, False], ids=["w4a16", "float"])
@@ -158,6 +198,56 @@ class TestTensorParallel:
             ("f32", "all-reduce"): 2 * WIDE.layers + 2,
             ("s32", "all-reduce"): 1,
         }
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("shape", [(1, 512), (1, 8192), (3, 1, 4096), (16, 8192)])
+    def test_the_kernel_adds_the_parts_and_norms(self, shape):
+        mesh = gpus(2)
+        random = np.random.default_rng(0)
+        scale = jnp.asarray(random.uniform(0.5, 1.5, shape[-1]), jnp.bfloat16)
+        parts = random.standard_normal((2, *shape), np.float32)
+        calls = 50
+
+        def run(x, parts, scale):
+            def step(_, x):
+                y, scaled, square = llama_sum.add_and_norm(x[0], parts[0], scale)
+                return y, scaled, square
+
+            x = x, jnp.zeros_like(x), jnp.zeros((*x.shape[:-1], 1))
+            return jax.tree.map(lambda a: a[None], jax.lax.fori_loop(0, calls, step, x))
+
+        llama_sum.connect(tuple(mesh.devices))
+        split = P(llama.AXIS)
+        shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        program = jax.jit(shard(run, in_specs=(P(), split, P()), out_specs=split))
+        y, scaled, square = program(jnp.zeros(shape, jnp.bfloat16), parts, scale)
+        want = jnp.zeros(shape, jnp.bfloat16)
+        for _ in range(calls):
+            want = (want.astype(jnp.float32) + parts.sum(0)).astype(jnp.bfloat16)
+        wide = np.asarray(want, np.float32)
+        for device in range(2):
+            np.testing.assert_array_equal(y[device], want)
+            product = want.astype(jnp.float32) * scale
+            np.testing.assert_array_equal(scaled[device], product.astype(jnp.bfloat16))
+            np.testing.assert_allclose(square[device], (wide**2).mean(-1, keepdims=True), rtol=1e-5)
+        np.testing.assert_array_equal(square[0], square[1])
+
+    @pytest.mark.gpu
+    def test_logits_with_the_kernel_are_those_of_one_gpu(self):
+        mesh = gpus(2)
+        llama_sum.connect(tuple(mesh.devices))
+        config = dataclasses.replace(WIDE, hidden=512, dtype="bfloat16")
+        logits = {}
+        for ways, row_sum in ((1, "xla"), (2, "xla"), (2, "kernel")):
+            some, mesh = dataclasses.replace(config, row_sum=row_sum), llama.make_mesh(ways)
+            args = llama_weights.random_state(some, mesh), llama.empty_cache(some, 2, 20, mesh)
+            args += (jnp.zeros(2, jnp.int32), 0)
+            decode = llama.program(some, functools.partial(llama.decode, steps=20), mesh).lower(*args)
+            assert ("llama_add_norm" in decode.as_text()) == (row_sum == "kernel")
+            _, found, _ = decode.compile()(*args)
+            logits[ways, row_sum] = np.asarray(found)[:, 0]  # of the step before which no choices differ
+        for got in logits.values():
+            np.testing.assert_allclose(got, logits[1, "xla"], rtol=0.03)
 
     def test_weights_and_cache_are_split(self):
         mesh = llama.make_mesh(8)
