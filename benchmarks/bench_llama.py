@@ -80,8 +80,11 @@ class Bench:
         )
         self.mesh = llama.make_mesh(ways)
         if self.mesh is not None and options.row_sum == "kernel" and jax.default_backend() == "gpu":
-            llama_sum.connect(tuple(self.mesh.devices))
-            config = dataclasses.replace(config, row_sum="kernel")
+            if llama_sum.find_nvcc():
+                llama_sum.connect(tuple(self.mesh.devices))
+                config = dataclasses.replace(config, row_sum="kernel")
+            else:
+                say("no nvcc: row sums are XLA's all-reduces")
         if options.checkpoint:
             tensors = llama_weights.load_tensors(options.checkpoint)
             config = llama_weights.checkpoint_config(config, tensors)
@@ -98,6 +101,8 @@ class Bench:
         self.facts = {"weights": weights, "mesh": ways, "weight_bytes": self.weight_bytes}
         if config.packed:
             self.facts |= {"group_size": config.group_size, "packed_head": config.packed_head}
+        if self.mesh is not None:
+            self.facts["row_sum"] = config.row_sum
         self.device = jax.devices()[0]
 
     def tokens(self, batch: int, length: int) -> Any:
