@@ -67,7 +67,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, weights: str, ways: int):
         import jax
 
-        from benchmarks import llama, llama_weights
+        from benchmarks import llama, llama_sum, llama_weights
 
         self.options, self.llama = options, llama
         packed = weights == "w4a16"
@@ -79,6 +79,12 @@ class Bench:
             decode_attention=options.decode_attention if jax.default_backend() == "gpu" else "xla",
         )
         self.mesh = llama.make_mesh(ways)
+        if self.mesh is not None and options.row_sum == "kernel" and jax.default_backend() == "gpu":
+            if llama_sum.find_nvcc():
+                llama_sum.connect(tuple(self.mesh.devices))
+                config = dataclasses.replace(config, row_sum="kernel")
+            else:
+                say("no nvcc: row sums are XLA's all-reduces")
         if options.checkpoint:
             tensors = llama_weights.load_tensors(options.checkpoint)
             config = llama_weights.checkpoint_config(config, tensors)
@@ -95,6 +101,8 @@ class Bench:
         self.facts = {"weights": weights, "mesh": ways, "weight_bytes": self.weight_bytes}
         if config.packed:
             self.facts |= {"group_size": config.group_size, "packed_head": config.packed_head}
+        if self.mesh is not None:
+            self.facts["row_sum"] = config.row_sum
         self.device = jax.devices()[0]
 
     def tokens(self, batch: int, length: int) -> Any:
@@ -351,6 +359,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of the prefill")
     parser.add_argument(
         "--decode-attention", choices=("xla", "pallas"), default="pallas", help="of a decoding step"
+    )
+    parser.add_argument(
+        "--row-sum", choices=("xla", "kernel"), default="kernel", help="of o and down over several GPUs"
     )
     parser.add_argument("--output", type=Path, default=store.RESULTS / "llama.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in this process

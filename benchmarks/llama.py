@@ -4,8 +4,9 @@ Decoding is one program for many tokens: a loop with a fixed number of steps ove
 captures the whole step as a CUDA graph, and the cache is updated in place.
 
 Tensor parallelism runs the model inside `shard_map`, on one device's part of each weight: heads, the MLP's
-features and the vocabulary are split over the axis "model", and what a row split sums (o and down) is one
-float32 all-reduce each. So that a contiguous part holds whole heads, fused columns are ordered
+features and the vocabulary are split over the axis "model". What a row split sums (o and down) is one float32
+all-reduce each, or one kernel that has the norm in it (llama_sum.py). So that a contiguous part holds whole
+heads, fused columns are ordered
 
     qkv      [KV head, (query heads of its group, key, value), head_dim]
     gate_up  [block, (gate, up), MLP_BLOCK]
@@ -24,7 +25,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import llama_attention
+from benchmarks import llama_attention, llama_sum
 from benchmarks.llama_config import Config
 from jax_w4a16.nnx import W4A16Linear
 
@@ -85,26 +86,34 @@ class Layer(nnx.Module):
         self.gate_up = make(c.hidden, 2 * c.mlp // ways)
         self.down = make(c.mlp // ways, c.hidden, preferred_element_type=summed)
 
-    def __call__(self, x, keys, values, position, rotation):
-        """x [batch, tokens, hidden] -> the same, and the cache with these tokens' keys and values."""
-        scaled, square = self.norm_attention(x)
+    def __call__(self, x, keys, values, position, rotation, following, after):
+        """x and its norm for this layer -> the same after it, and the cache with the tokens' keys and values.
+
+        x is [batch, tokens, hidden]; `following` and `after` are the weight and the norm that come next.
+        """
+        x, (scaled, square) = x
         qkv = self.qkv(scaled)
         if self.config.decode_attention == "pallas" and x.shape[1] == 1:
             out, keys, values = self._attend_one(qkv, square, keys, values, position, rotation)
         else:
             qkv = qkv * self.norm_attention.factor(square)
             out, keys, values = self._attend(qkv, keys, values, position, rotation)
-        x = x + self._sum(self.o(out))
-        scaled, square = self.norm_mlp(x)
+        x, (scaled, square) = self._add(x, self.o(out), self.norm_mlp, _weight(self.gate_up))
         gate_up = (self.gate_up(scaled) * self.norm_mlp.factor(square)).reshape(
             *x.shape[:2], -1, 2, MLP_BLOCK
         )
         out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
-        return x + self._sum(self.down(out)), keys, values
+        return self._add(x, self.down(out), after, following), keys, values
 
-    def _sum(self, x):
-        return x if self.ways == 1 else lax.psum(x, AXIS).astype(self.config.dtype)
+    def _add(self, x, part, norm, following):
+        """x plus what the devices' parts sum to, and its norm; the weight `following` is read next."""
+        rows = math.prod(x.shape[:-1])
+        if self.config.row_sum == "kernel" and llama_sum.serves(rows, x.shape[-1], x.dtype):
+            x, *normed = llama_sum.add_and_norm(x, part, norm.scale[...], following)
+            return x, tuple(normed)
+        x = x + (part if self.ways == 1 else lax.psum(part, AXIS).astype(self.config.dtype))
+        return x, norm(x)
 
     def _attend_one(self, qkv, square, keys, values, position, rotation):
         c = self.config
@@ -156,6 +165,11 @@ def _linear(config: Config, packed: bool, k: int, n: int, *, rngs: nnx.Rngs, pre
     return W4A16Linear(k, n, group_size=config.group_size, symmetric=config.symmetric, **shared)
 
 
+def _weight(linear) -> jax.Array:
+    """What a linear layer reads, or most of it."""
+    return (linear.qweight if isinstance(linear, W4A16Linear) else linear.kernel)[...]
+
+
 def _rotate(x, cos, sin):
     """Rotates the pairs (i, i + head_dim / 2) of x [batch, token, ..., head_dim], float32."""
     over_heads = lambda a: a.reshape(a.shape[0], *(1,) * (x.ndim - 3), 1, a.shape[1])
@@ -166,8 +180,9 @@ def _rotate(x, cos, sin):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_layer(graph, state, *args):
-    """One layer as a function: traced and lowered once for all the layers."""
-    return nnx.merge(graph, state)(*args)
+    """One layer, and the norm after it, as a function: traced and lowered once for all the layers."""
+    layer, after = nnx.merge(graph, state)
+    return layer(*args, after)
 
 
 class Llama(nnx.Module):
@@ -184,18 +199,23 @@ class Llama(nnx.Module):
         head = functools.partial(_linear, c, c.packed_head, rngs=rngs, preferred_element_type=_F32)
         self.head = None if c.tied else head(c.hidden, c.vocab // ways)
 
-    def __call__(self, tokens, cache: Cache, position) -> tuple[jax.Array, Cache]:
-        """tokens [batch, n] at positions `position`... -> their hidden states, and the cache with them.
+    def __call__(self, tokens, cache: Cache, position) -> tuple[Any, Cache]:
+        """tokens [batch, n] at positions `position`... -> normed hidden states, and the cache with them.
 
         Several tokens must be a whole prompt, at position 0.
         """
         x = self._embed(tokens)
         rotation = rotary(self.config, position + jnp.arange(tokens.shape[1]))
         filled = []
-        for layer, (keys, values) in zip(self.layers, cache, strict=True):
-            x, keys, values = _run_layer(*nnx.split(layer), x, keys, values, position, rotation)
+        x = x, self.layers[0].norm_attention(x)
+        norms = [*(layer.norm_attention for layer in self.layers[1:]), self.norm]
+        last = self.embed.embedding[...] if self.head is None else _weight(self.head)
+        following = [*(_weight(layer.qkv) for layer in self.layers[1:]), last]
+        for layer, norm, weight, (keys, values) in zip(self.layers, norms, following, cache, strict=True):
+            parts = nnx.split((layer, norm))
+            x, keys, values = _run_layer(*parts, x, keys, values, position, rotation, weight)
             filled.append((keys, values))
-        return x, filled
+        return x[1], filled
 
     def _embed(self, tokens):
         if self.ways == 1:
@@ -206,18 +226,18 @@ class Llama(nnx.Module):
         found = self.embed(jnp.where(mine, local, 0))
         return lax.psum(jnp.where(mine[..., None], found, 0), AXIS)
 
-    def logits(self, x) -> jax.Array:
-        """Hidden states [..., hidden] -> float32 logits [..., vocab], or this device's part of them."""
-        x, square = self.norm(x)
+    def logits(self, normed) -> jax.Array:
+        """Normed states [..., hidden] -> float32 logits [..., vocab], or this device's part of them."""
+        x, square = normed
         factor = self.norm.factor(square)
         if self.head is not None:
             return self.head(x) * factor
         embedding = self.embed.embedding[...]
         return jnp.einsum("...k,nk->...n", x, embedding, preferred_element_type=_F32) * factor
 
-    def pick(self, x) -> tuple[jax.Array, jax.Array]:
-        """The likeliest token [batch] after hidden states [batch, hidden], and its logit."""
-        logits = self.logits(x)
+    def pick(self, normed) -> tuple[jax.Array, jax.Array]:
+        """The likeliest token [batch] after the last of the states [batch, n, hidden], and its logit."""
+        logits = self.logits([a[:, -1] for a in normed])
         best, token = logits.max(-1), logits.argmax(-1).astype(jnp.int32)
         if self.ways == 1:
             return token, best
@@ -229,7 +249,7 @@ class Llama(nnx.Module):
 def prefill(model: Llama, cache: Cache, tokens) -> tuple[jax.Array, jax.Array, Cache]:
     """A prompt [batch, n] -> the first token after it [batch], its logit, and the cache."""
     hidden, cache = model(tokens, cache, 0)
-    return *model.pick(hidden[:, -1]), cache
+    return *model.pick(hidden), cache
 
 
 def decode(model: Llama, cache: Cache, token, position, *, steps: int) -> tuple[jax.Array, jax.Array, Cache]:
@@ -238,7 +258,7 @@ def decode(model: Llama, cache: Cache, token, position, *, steps: int) -> tuple[
     def step(i, carry):
         token, cache, tokens, logits = carry
         hidden, cache = model(token[:, None], cache, position + i)
-        token, logit = model.pick(hidden[:, -1])
+        token, logit = model.pick(hidden)
         return token, cache, tokens.at[i].set(token), logits.at[i].set(logit)
 
     tokens = jnp.zeros((steps, token.shape[0]), jnp.int32)

@@ -28,6 +28,7 @@ class Config:
     dtype: str = "bfloat16"
     attention: str = "xla"  # or "cudnn", for a prompt
     decode_attention: str = "xla"  # or "pallas": one kernel (GPUs alone)
+    row_sum: str = "xla"  # over devices, or "kernel": with the norm after it (GPUs of one process alone)
 
     @classmethod
     def from_file(cls, path: Path) -> "Config":

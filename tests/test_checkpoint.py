@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import device_of
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -195,6 +196,13 @@ def test_a_save_replaces_a_link(tmp_path):
 # Placement ----------------------------------------------------------------------------------------------
 
 
+def gpu_mesh():
+    gpus = jax.devices(device_of("cuda").platform)
+    if len(gpus) < 2:
+        pytest.skip(f"needs 2 GPUs, found {len(gpus)}")
+    return jax.sharding.Mesh(np.array(gpus[:2]), ("model",))
+
+
 @pytest.fixture
 def mesh():
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -228,6 +236,36 @@ def test_sharding_by_a_function(mesh, tmp_path):
     x = np.random.default_rng(0).standard_normal((3, K)).astype(ml_dtypes.bfloat16)
     hlo = jax.jit(jax_w4a16.dot).lower(x, got["zeros"]).compile().as_text()
     assert "all-gather" not in hlo
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [P(None, "model"), P("model")], ids=["columns", "rows"])
+def test_two_gpus_read_and_hold_a_half_each(spec, tmp_path, monkeypatch):
+    mesh = gpu_mesh()
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = quantized(4096, 8192, group_size=128)
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 4096)), jnp.bfloat16)
+        expected = np.asarray(jax_w4a16.dot(x, want), np.float32)
+    checkpoint.save(tmp_path, {"w": want})
+    parts, before = [], [device.memory_stats()["bytes_in_use"] for device in mesh.devices]
+
+    def read(tensor, index, original=_files.Tensor.__getitem__):
+        parts.append(original(tensor, index))
+        return parts[-1]
+
+    monkeypatch.setattr(_files.Tensor, "__getitem__", read)
+    got = checkpoint.load(tmp_path, sharding=NamedSharding(mesh, spec))["w"]
+    half = sum(a.nbytes for a in jax.tree.leaves(want)) // 2
+    held = [d.memory_stats()["bytes_in_use"] - b for d, b in zip(mesh.devices, before, strict=True)]
+    assert [part.nbytes for part in parts] == [a.nbytes // 2 for a in jax.tree.leaves(want) for _ in range(2)]
+    assert all(half <= size <= 1.01 * half for size in held)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert {shard.data.nbytes for shard in a.addressable_shards} == {b.nbytes // 2}
+    dot = jax.jit(jax_w4a16.dot).lower(jax.device_put(x, NamedSharding(mesh, P())), got).compile()
+    assert "all-gather" not in dot.as_text()
+    y = np.asarray(dot(jax.device_put(x, NamedSharding(mesh, P())), got), np.float32)
+    assert np.abs(y - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", ["replicated", "single"])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import device_of
+from jax.sharding import PartitionSpec as P
 
 import jax_w4a16
 from jax_w4a16 import QuantizedWeight
@@ -23,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 pytest.importorskip("flax")
 
-from benchmarks import bench_llama, llama, llama_weights
+from benchmarks import bench_llama, llama, llama_sum, llama_weights
 from benchmarks.llama_config import SIZES, Config
 
 PROMPT, STEPS = 12, 200
@@ -59,6 +60,12 @@ def all_logits(config, state, tokens):
     cache = llama.empty_cache(config, *tokens.shape)
     read = lambda model, cache, tokens: model.logits(model(tokens, cache, 0)[0])
     return np.asarray(llama.program(config, read)(state, cache, jnp.asarray(tokens)))
+
+
+def gpus(ways):
+    if len(jax.devices(device_of("cuda").platform)) < ways or llama_sum.find_nvcc() is None:
+        pytest.skip(f"needs {ways} GPUs and nvcc")
+    return llama.make_mesh(ways)
 
 
 def use_reference(monkeypatch):
@@ -189,6 +196,56 @@ class TestTensorParallel:
             ("f32", "all-reduce"): 2 * WIDE.layers + 2,
             ("s32", "all-reduce"): 1,
         }
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("shape", [(1, 512), (1, 8192), (3, 1, 4096), (16, 8192)])
+    def test_the_kernel_adds_the_parts_and_norms(self, shape):
+        mesh = gpus(2)
+        random = np.random.default_rng(0)
+        scale = jnp.asarray(random.uniform(0.5, 1.5, shape[-1]), jnp.bfloat16)
+        parts = random.standard_normal((2, *shape), np.float32)
+        calls = 50
+
+        def run(x, parts, scale):
+            def step(_, x):
+                y, scaled, square = llama_sum.add_and_norm(x[0], parts[0], scale, parts)
+                return y, scaled, square
+
+            x = x, jnp.zeros_like(x), jnp.zeros((*x.shape[:-1], 1))
+            return jax.tree.map(lambda a: a[None], jax.lax.fori_loop(0, calls, step, x))
+
+        llama_sum.connect(tuple(mesh.devices))
+        split = P(llama.AXIS)
+        shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        program = jax.jit(shard(run, in_specs=(P(), split, P()), out_specs=split))
+        y, scaled, square = program(jnp.zeros(shape, jnp.bfloat16), parts, scale)
+        want = jnp.zeros(shape, jnp.bfloat16)
+        for _ in range(calls):
+            want = (want.astype(jnp.float32) + parts.sum(0)).astype(jnp.bfloat16)
+        wide = np.asarray(want, np.float32)
+        for device in range(2):
+            np.testing.assert_array_equal(y[device], want)
+            product = want.astype(jnp.float32) * scale
+            np.testing.assert_array_equal(scaled[device], product.astype(jnp.bfloat16))
+            np.testing.assert_allclose(square[device], (wide**2).mean(-1, keepdims=True), rtol=1e-5)
+        np.testing.assert_array_equal(square[0], square[1])
+
+    @pytest.mark.gpu
+    def test_logits_with_the_kernel_are_those_of_one_gpu(self):
+        mesh = gpus(2)
+        llama_sum.connect(tuple(mesh.devices))
+        config = dataclasses.replace(WIDE, hidden=512, dtype="bfloat16")
+        logits = {}
+        for ways, row_sum in ((1, "xla"), (2, "xla"), (2, "kernel")):
+            some, mesh = dataclasses.replace(config, row_sum=row_sum), llama.make_mesh(ways)
+            args = llama_weights.random_state(some, mesh), llama.empty_cache(some, 2, 20, mesh)
+            args += (jnp.zeros(2, jnp.int32), 0)
+            decode = llama.program(some, functools.partial(llama.decode, steps=20), mesh).lower(*args)
+            assert ("llama_add_norm" in decode.as_text()) == (row_sum == "kernel")
+            _, found, _ = decode.compile()(*args)
+            logits[ways, row_sum] = np.asarray(found)[:, 0]  # of the step before which no choices differ
+        for got in logits.values():
+            np.testing.assert_allclose(got, logits[1, "xla"], rtol=0.03)
 
     def test_weights_and_cache_are_split(self):
         mesh = llama.make_mesh(8)

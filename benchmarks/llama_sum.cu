@@ -1,0 +1,202 @@
+// x + the devices' parts, summed, and the norm that follows: one kernel on each of several GPUs of a process.
+//
+// A device stores its part in the memory of the others, each 8 bytes with the number of the call beside them,
+// and reads theirs from its own memory until the number is there: one way over NVLink, no barrier, no fence.
+// Calls come in the same order on all devices. Slots of even and odd calls alternate: a device that has what
+// another sent in call n knows that the other has read what call n - 1 sent. Meanwhile further CTAs bring the
+// first of the weight that is read next to L2.
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+namespace cg = cooperative_groups;
+
+constexpr int kMaxDevices = 8;
+constexpr int kCluster = 8;  // CTAs that share a row
+constexpr int kPrefetchRows = 8;  // of CTAs, after those of the sum
+constexpr int64_t kCapacity = 16 * 8192 / 2;  // pairs of values that a device sends in one call
+
+struct Link {
+  uint4* slots[kMaxDevices];  // in the memory of each device: [even or odd, sender, kCapacity]
+  uint32_t* counts;           // calls made, CTAs that have finished the present one
+  int rank, size;
+};
+
+Link g_links[kMaxDevices];  // by CUDA ordinal
+
+__device__ void Send(uint4* slot, float2 v, uint32_t call) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(slot), "r"(__float_as_uint(v.x)),
+               "r"(call), "r"(__float_as_uint(v.y))
+               : "memory");
+}
+
+__device__ float2 Receive(const uint4* slot, uint32_t call) {
+  uint32_t x, y, first, second;
+  do {
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x), "=r"(first), "=r"(y), "=r"(second)
+                 : "l"(slot)
+                 : "memory");
+  } while (first != call || second != call);
+  return {__uint_as_float(x), __uint_as_float(y)};
+}
+
+// This CTA's part, one of `ctas`.
+__device__ void Prefetch(const char* data, int64_t bytes, int cta, int ctas) {
+  constexpr int64_t kPiece = 4096;
+  for (int64_t at = (int64_t{threadIdx.x} * ctas + cta) * kPiece; at < bytes; at += blockDim.x * ctas * kPiece) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data + at),
+                 "r"(static_cast<int>(min(kPiece, bytes - at)))
+                 : "memory");
+  }
+}
+
+__global__ void __cluster_dims__(kCluster, 1, 1)
+    AddNorm(const __grid_constant__ Link link, const float2* part, const __nv_bfloat162* x, const __nv_bfloat162* scale,
+            __nv_bfloat162* out, __nv_bfloat162* scaled, float* square, int rows, const char* following,
+            int64_t prefetch_bytes) {
+  if (blockIdx.y >= rows) {
+    return Prefetch(following, prefetch_bytes, (blockIdx.y - rows) * kCluster + blockIdx.x, kPrefetchRows * kCluster);
+  }
+  __shared__ float of_warps[32], of_ctas[kCluster];
+  const auto cluster = cg::this_cluster();
+  auto started = cluster.barrier_arrive();
+  const int column = blockIdx.x * blockDim.x + threadIdx.x;  // in pairs
+  const int64_t i = int64_t{blockIdx.y} * gridDim.x * blockDim.x + column;
+  const uint32_t call = *link.counts + 1;
+  const int64_t parity = (call & 1) * link.size;
+
+  const float2 mine = part[i];
+  for (int d = 0; d < link.size; ++d) {
+    if (d != link.rank) Send(link.slots[d] + (parity + link.rank) * kCapacity + i, mine, call);
+  }
+  const float2 residual = __bfloat1622float2(x[i]);
+  const float2 factor = __bfloat1622float2(scale[column]);
+  float2 sum{0, 0};  // in one order on all devices
+  for (int d = 0; d < link.size; ++d) {
+    float2 v = mine;
+    if (d != link.rank) v = Receive(link.slots[link.rank] + (parity + d) * kCapacity + i, call);
+    sum.x += v.x;
+    sum.y += v.y;
+  }
+  const __nv_bfloat162 rounded = __floats2bfloat162_rn(residual.x + sum.x, residual.y + sum.y);
+  out[i] = rounded;
+  const float2 wide = __bfloat1622float2(rounded);
+  scaled[i] = __floats2bfloat162_rn(wide.x * factor.x, wide.y * factor.y);
+
+  auto over_warp = [](float v) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
+    return v;
+  };
+  const float squares = over_warp(wide.x * wide.x + wide.y * wide.y);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) of_warps[warp] = squares;
+  __syncthreads();
+  cluster.barrier_wait(std::move(started));
+  if (warp == 0) {
+    const float total = over_warp(lane < blockDim.x / 32 ? of_warps[lane] : 0.0f);
+    if (lane == 0) cluster.map_shared_rank(of_ctas, 0)[blockIdx.x] = total;
+  }
+  cluster.sync();
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) {
+    float total = 0;
+    for (int c = 0; c < kCluster; ++c) total += of_ctas[c];
+    square[blockIdx.y] = total / (2 * gridDim.x * blockDim.x);
+  }
+  if (atomicAdd(link.counts + 1, 1) == gridDim.x * rows - 1) {
+    link.counts[1] = 0;
+    link.counts[0] = call;
+  }
+}
+
+using BF16 = ffi::Buffer<ffi::BF16>;
+using F32 = ffi::Buffer<ffi::F32>;
+
+ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::AnyBuffer following,
+               ffi::Result<BF16> out, ffi::Result<BF16> scaled, ffi::Result<F32> square, int64_t prefetch_bytes) {
+  int device;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices || g_links[device].size == 0) {
+    return ffi::Error::Internal("llama_add_norm: the device is linked to no other");
+  }
+  const int64_t hidden = scale.element_count(), count = x.element_count();
+  const int64_t threads = hidden / (2 * kCluster);
+  if (hidden % (64 * kCluster) || threads > 1024 || count % hidden || count / 2 > kCapacity ||
+      part.element_count() != count || out->element_count() != count || scaled->element_count() != count ||
+      square->element_count() != count / hidden) {
+    return ffi::Error::InvalidArgument("llama_add_norm: sizes");
+  }
+  if (count == 0) return ffi::Error::Success();
+  auto pairs = [](auto* p) { return reinterpret_cast<__nv_bfloat162*>(p); };
+  const int rows = static_cast<int>(count / hidden);
+  const int64_t bytes = std::min<int64_t>(prefetch_bytes, following.size_bytes()) / 16 * 16;
+  AddNorm<<<dim3(kCluster, rows + (bytes > 0 ? kPrefetchRows : 0)), threads, 0, stream>>>(
+      g_links[device], reinterpret_cast<const float2*>(part.typed_data()), pairs(x.typed_data()),
+      pairs(scale.typed_data()), pairs(out->typed_data()), pairs(scaled->typed_data()),
+      square->typed_data(), rows, static_cast<const char*>(following.untyped_data()), bytes);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
+}
+
+// Links the CUDA devices `ordinals`; a null result is success.
+cudaError_t Connect(const int* ordinals, int size) {
+  Link link{};
+  link.size = size;
+  for (int rank = 0; rank < size; ++rank) {
+    if (cudaError_t e = cudaSetDevice(ordinals[rank])) return e;
+    for (int peer = 0; peer < size; ++peer) {
+      if (peer == rank) continue;
+      const cudaError_t e = cudaDeviceEnablePeerAccess(ordinals[peer], 0);
+      if (e != cudaSuccess && e != cudaErrorPeerAccessAlreadyEnabled) return e;
+    }
+    cudaGetLastError();
+    const size_t bytes = 2 * size * kCapacity * sizeof(uint4);
+    if (cudaError_t e = cudaMalloc(&link.slots[rank], bytes)) return e;
+    if (cudaError_t e = cudaMemset(link.slots[rank], 0, bytes)) return e;
+    if (cudaError_t e = cudaMalloc(&g_links[ordinals[rank]].counts, 8)) return e;
+    if (cudaError_t e = cudaMemset(g_links[ordinals[rank]].counts, 0, 8)) return e;
+    if (cudaError_t e = cudaDeviceSynchronize()) return e;
+  }
+  for (int rank = 0; rank < size; ++rank) {
+    Link& own = g_links[ordinals[rank]];
+    link.counts = own.counts;
+    link.rank = rank;
+    own = link;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaAddNorm, Run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<F32>()
+                                  .Arg<BF16>()
+                                  .Arg<BF16>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<BF16>()
+                                  .Ret<BF16>()
+                                  .Ret<F32>()
+                                  .Attr<int64_t>("prefetch_bytes"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+extern "C" const char* LlamaConnect(const int* ordinals, int size) {
+  for (int rank = 0; rank < size; ++rank) {
+    if (size > kMaxDevices || ordinals[rank] >= kMaxDevices) return "at most 8 devices";
+  }
+  int before = 0;
+  cudaGetDevice(&before);
+  const cudaError_t error = Connect(ordinals, size);
+  cudaSetDevice(before);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
