@@ -86,10 +86,10 @@ class Layer(nnx.Module):
         self.gate_up = make(c.hidden, 2 * c.mlp // ways)
         self.down = make(c.mlp // ways, c.hidden, preferred_element_type=summed)
 
-    def __call__(self, x, keys, values, position, rotation, following, after):
+    def __call__(self, x, keys, values, position, rotation, after):
         """x and its norm for this layer -> the same after it, and the cache with the tokens' keys and values.
 
-        x is [batch, tokens, hidden]; `following` and `after` are the weight and the norm that come next.
+        x is [batch, tokens, hidden]; `after` is the norm that follows this layer.
         """
         x, (scaled, square) = x
         qkv = self.qkv(scaled)
@@ -98,19 +98,19 @@ class Layer(nnx.Module):
         else:
             qkv = qkv * self.norm_attention.factor(square)
             out, keys, values = self._attend(qkv, keys, values, position, rotation)
-        x, (scaled, square) = self._add(x, self.o(out), self.norm_mlp, _weight(self.gate_up))
+        x, (scaled, square) = self._add(x, self.o(out), self.norm_mlp)
         gate_up = (self.gate_up(scaled) * self.norm_mlp.factor(square)).reshape(
             *x.shape[:2], -1, 2, MLP_BLOCK
         )
         out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
-        return self._add(x, self.down(out), after, following), keys, values
+        return self._add(x, self.down(out), after), keys, values
 
-    def _add(self, x, part, norm, following):
-        """x plus what the devices' parts sum to, and its norm; the weight `following` is read next."""
+    def _add(self, x, part, norm):
+        """x plus what the devices' parts sum to, and its norm."""
         rows = math.prod(x.shape[:-1])
         if self.config.row_sum == "kernel" and llama_sum.serves(rows, x.shape[-1], x.dtype):
-            x, *normed = llama_sum.add_and_norm(x, part, norm.scale[...], following)
+            x, *normed = llama_sum.add_and_norm(x, part, norm.scale[...])
             return x, tuple(normed)
         x = x + (part if self.ways == 1 else lax.psum(part, AXIS).astype(self.config.dtype))
         return x, norm(x)
@@ -165,11 +165,6 @@ def _linear(config: Config, packed: bool, k: int, n: int, *, rngs: nnx.Rngs, pre
     return W4A16Linear(k, n, group_size=config.group_size, symmetric=config.symmetric, **shared)
 
 
-def _weight(linear) -> jax.Array:
-    """What a linear layer reads, or most of it."""
-    return (linear.qweight if isinstance(linear, W4A16Linear) else linear.kernel)[...]
-
-
 def _rotate(x, cos, sin):
     """Rotates the pairs (i, i + head_dim / 2) of x [batch, token, ..., head_dim], float32."""
     over_heads = lambda a: a.reshape(a.shape[0], *(1,) * (x.ndim - 3), 1, a.shape[1])
@@ -209,11 +204,8 @@ class Llama(nnx.Module):
         filled = []
         x = x, self.layers[0].norm_attention(x)
         norms = [*(layer.norm_attention for layer in self.layers[1:]), self.norm]
-        last = self.embed.embedding[...] if self.head is None else _weight(self.head)
-        following = [*(_weight(layer.qkv) for layer in self.layers[1:]), last]
-        for layer, norm, weight, (keys, values) in zip(self.layers, norms, following, cache, strict=True):
-            parts = nnx.split((layer, norm))
-            x, keys, values = _run_layer(*parts, x, keys, values, position, rotation, weight)
+        for layer, norm, (keys, values) in zip(self.layers, norms, cache, strict=True):
+            x, keys, values = _run_layer(*nnx.split((layer, norm)), x, keys, values, position, rotation)
             filled.append((keys, values))
         return x[1], filled
 

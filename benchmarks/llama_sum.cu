@@ -3,14 +3,12 @@
 // A device stores its part in the memory of the others, each 8 bytes with the number of the call beside them,
 // and reads theirs from its own memory until the number is there: one way over NVLink, no barrier, no fence.
 // Calls come in the same order on all devices. Slots of even and odd calls alternate: a device that has what
-// another sent in call n knows that the other has read what call n - 1 sent. Meanwhile further CTAs bring the
-// first of the weight that is read next to L2.
+// another sent in call n knows that the other has read what call n - 1 sent.
 
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "xla/ffi/api/ffi.h"
@@ -22,12 +20,11 @@ namespace cg = cooperative_groups;
 
 constexpr int kMaxDevices = 8;
 constexpr int kCluster = 8;  // CTAs that share a row
-constexpr int kPrefetchRows = 8;  // of CTAs, after those of the sum
 constexpr int64_t kCapacity = 16 * 8192 / 2;  // pairs of values that a device sends in one call
 
 struct Link {
   uint4* slots[kMaxDevices];  // in the memory of each device: [even or odd, sender, kCapacity]
-  uint32_t* counts;           // calls made, CTAs that have finished the present one
+  uint32_t* counts;           // calls made, clusters that have finished the present one
   int rank, size;
 };
 
@@ -50,23 +47,9 @@ __device__ float2 Receive(const uint4* slot, uint32_t call) {
   return {__uint_as_float(x), __uint_as_float(y)};
 }
 
-// This CTA's part, one of `ctas`.
-__device__ void Prefetch(const char* data, int64_t bytes, int cta, int ctas) {
-  constexpr int64_t kPiece = 4096;
-  for (int64_t at = (int64_t{threadIdx.x} * ctas + cta) * kPiece; at < bytes; at += blockDim.x * ctas * kPiece) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data + at),
-                 "r"(static_cast<int>(min(kPiece, bytes - at)))
-                 : "memory");
-  }
-}
-
 __global__ void __cluster_dims__(kCluster, 1, 1)
     AddNorm(const __grid_constant__ Link link, const float2* part, const __nv_bfloat162* x, const __nv_bfloat162* scale,
-            __nv_bfloat162* out, __nv_bfloat162* scaled, float* square, int rows, const char* following,
-            int64_t prefetch_bytes) {
-  if (blockIdx.y >= rows) {
-    return Prefetch(following, prefetch_bytes, (blockIdx.y - rows) * kCluster + blockIdx.x, kPrefetchRows * kCluster);
-  }
+            __nv_bfloat162* out, __nv_bfloat162* scaled, float* square) {
   __shared__ float of_warps[32], of_ctas[kCluster];
   const auto cluster = cg::this_cluster();
   auto started = cluster.barrier_arrive();
@@ -107,13 +90,12 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
     if (lane == 0) cluster.map_shared_rank(of_ctas, 0)[blockIdx.x] = total;
   }
   cluster.sync();
-  if (threadIdx.x != 0) return;
-  if (blockIdx.x == 0) {
-    float total = 0;
-    for (int c = 0; c < kCluster; ++c) total += of_ctas[c];
-    square[blockIdx.y] = total / (2 * gridDim.x * blockDim.x);
-  }
-  if (atomicAdd(link.counts + 1, 1) == gridDim.x * rows - 1) {
+  if (threadIdx.x != 0 || blockIdx.x != 0) return;
+  float total = 0;
+  for (int c = 0; c < kCluster; ++c) total += of_ctas[c];
+  square[blockIdx.y] = total / (2 * gridDim.x * blockDim.x);
+  // The last cluster to have read the count raises it.
+  if (gridDim.y == 1 || atomicAdd(link.counts + 1, 1) == gridDim.y - 1) {
     link.counts[1] = 0;
     link.counts[0] = call;
   }
@@ -122,8 +104,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
 using BF16 = ffi::Buffer<ffi::BF16>;
 using F32 = ffi::Buffer<ffi::F32>;
 
-ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::AnyBuffer following,
-               ffi::Result<BF16> out, ffi::Result<BF16> scaled, ffi::Result<F32> square, int64_t prefetch_bytes) {
+ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::Result<BF16> out,
+               ffi::Result<BF16> scaled, ffi::Result<F32> square) {
   int device;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices || g_links[device].size == 0) {
     return ffi::Error::Internal("llama_add_norm: the device is linked to no other");
@@ -137,12 +119,10 @@ ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::AnyBuffer
   }
   if (count == 0) return ffi::Error::Success();
   auto pairs = [](auto* p) { return reinterpret_cast<__nv_bfloat162*>(p); };
-  const int rows = static_cast<int>(count / hidden);
-  const int64_t bytes = std::min<int64_t>(prefetch_bytes, following.size_bytes()) / 16 * 16;
-  AddNorm<<<dim3(kCluster, rows + (bytes > 0 ? kPrefetchRows : 0)), threads, 0, stream>>>(
+  AddNorm<<<dim3(kCluster, count / hidden), threads, 0, stream>>>(
       g_links[device], reinterpret_cast<const float2*>(part.typed_data()), pairs(x.typed_data()),
       pairs(scale.typed_data()), pairs(out->typed_data()), pairs(scaled->typed_data()),
-      square->typed_data(), rows, static_cast<const char*>(following.untyped_data()), bytes);
+      square->typed_data());
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
 }
@@ -183,11 +163,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaAddNorm, Run,
                                   .Arg<F32>()
                                   .Arg<BF16>()
                                   .Arg<BF16>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<BF16>()
                                   .Ret<BF16>()
-                                  .Ret<F32>()
-                                  .Attr<int64_t>("prefetch_bytes"),
+                                  .Ret<F32>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 extern "C" const char* LlamaConnect(const int* ordinals, int size) {

@@ -1,8 +1,7 @@
 """The residual sum after a row split and the norm that follows it, as one CUDA kernel on several GPUs.
 
 XLA makes an all-reduce and another kernel of these. At batch 1 an all-reduce of 32 KB costs 9 to 15
-microseconds, of which the way over NVLink and back is two. While the parts travel, memory would be idle: the
-kernel has L2 read the first of the next weight. nvcc compiles `llama_sum.cu` when a process first
+microseconds, of which the way over NVLink and back is two. nvcc compiles `llama_sum.cu` when a process first
 connects its GPUs.
 """
 
@@ -16,11 +15,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 _CLUSTER, _CAPACITY = 8, 16 * 8192  # as in llama_sum.cu
 _TARGET = "llama_add_norm"
-PREFETCHED = 8 << 20
 
 
 def find_nvcc() -> str | None:
@@ -67,19 +64,17 @@ def serves(rows: int, hidden: int, dtype) -> bool:
     return hidden % (64 * _CLUSTER) == 0 and fits and jnp.dtype(dtype) == jnp.bfloat16
 
 
-def add_and_norm(x, part, scale, following):
+def add_and_norm(x, part, scale):
     """Inside shard_map, on one device's `part` of a sum over all devices.
 
     Args:
       x: bfloat16 [..., hidden], the same on all devices.
       part: float32, likewise but this device's own.
       scale: bfloat16 [hidden].
-      following: the weight that is read next, an array of any kind; its first PREFETCHED bytes come to L2.
 
     Returns:
       y = x plus the sum of the parts, rounded once; y * scale; and float32 [..., 1], the mean square of y.
     """
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     square = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
-    call = jax.ffi.ffi_call(_TARGET, (like, like, square))
-    return call(part, x, scale, following, prefetch_bytes=np.int64(PREFETCHED))
+    return jax.ffi.ffi_call(_TARGET, (like, like, square))(part, x, scale)

@@ -208,7 +208,7 @@ class TestTensorParallel:
 
         def run(x, parts, scale):
             def step(_, x):
-                y, scaled, square = llama_sum.add_and_norm(x[0], parts[0], scale, parts)
+                y, scaled, square = llama_sum.add_and_norm(x[0], parts[0], scale)
                 return y, scaled, square
 
             x = x, jnp.zeros_like(x), jnp.zeros((*x.shape[:-1], 1))
