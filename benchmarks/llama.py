@@ -98,22 +98,13 @@ class Layer(nnx.Module):
         else:
             qkv = qkv * self.norm_attention.factor(square)
             out, keys, values = self._attend(qkv, keys, values, position, rotation)
-        x, (scaled, square) = self._add(x, self.o(out), self.norm_mlp)
+        x, (scaled, square) = _add(self.config, self.ways, x, self.o(out), self.norm_mlp)
         gate_up = (self.gate_up(scaled) * self.norm_mlp.factor(square)).reshape(
             *x.shape[:2], -1, 2, MLP_BLOCK
         )
         out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
-        return self._add(x, self.down(out), after), keys, values
-
-    def _add(self, x, part, norm):
-        """x plus what the devices' parts sum to, and its norm."""
-        rows = math.prod(x.shape[:-1])
-        if self.config.row_sum == "kernel" and llama_sum.serves(rows, x.shape[-1], x.dtype):
-            x, *normed = llama_sum.add_and_norm(x, part, norm.scale[...])
-            return x, tuple(normed)
-        x = x + (part if self.ways == 1 else lax.psum(part, AXIS).astype(self.config.dtype))
-        return x, norm(x)
+        return _add(self.config, self.ways, x, self.down(out), after), keys, values
 
     def _attend_one(self, qkv, square, keys, values, position, rotation):
         c = self.config
@@ -165,6 +156,16 @@ def _linear(config: Config, packed: bool, k: int, n: int, *, rngs: nnx.Rngs, pre
     return W4A16Linear(k, n, group_size=config.group_size, symmetric=config.symmetric, **shared)
 
 
+def _add(config: Config, ways: int, x, part, norm: Norm):
+    """x plus what the devices' parts sum to, and its norm."""
+    rows = math.prod(x.shape[:-1])
+    if config.row_sum == "kernel" and llama_sum.serves(rows, x.shape[-1], x.dtype):
+        x, *normed = llama_sum.add_and_norm(x, part, norm.scale[...])
+        return x, tuple(normed)
+    x = x + (part if ways == 1 else lax.psum(part, AXIS).astype(config.dtype))
+    return x, norm(x)
+
+
 def _rotate(x, cos, sin):
     """Rotates the pairs (i, i + head_dim / 2) of x [batch, token, ..., head_dim], float32."""
     over_heads = lambda a: a.reshape(a.shape[0], *(1,) * (x.ndim - 3), 1, a.shape[1])
@@ -199,24 +200,26 @@ class Llama(nnx.Module):
 
         Several tokens must be a whole prompt, at position 0.
         """
-        x = self._embed(tokens)
+        x = self._embed(tokens, self.layers[0].norm_attention)
         rotation = rotary(self.config, position + jnp.arange(tokens.shape[1]))
         filled = []
-        x = x, self.layers[0].norm_attention(x)
         norms = [*(layer.norm_attention for layer in self.layers[1:]), self.norm]
         for layer, norm, (keys, values) in zip(self.layers, norms, cache, strict=True):
             x, keys, values = _run_layer(*nnx.split((layer, norm)), x, keys, values, position, rotation)
             filled.append((keys, values))
         return x[1], filled
 
-    def _embed(self, tokens):
+    def _embed(self, tokens, norm):
+        """The tokens' rows of the embedding [batch, n, hidden], and their norm."""
         if self.ways == 1:
-            return self.embed(tokens)
+            x = self.embed(tokens)
+            return x, norm(x)
         rows = self.config.vocab // self.ways
         local = tokens - lax.axis_index(AXIS) * rows
         mine = (local >= 0) & (local < rows)
         found = self.embed(jnp.where(mine, local, 0))
-        return lax.psum(jnp.where(mine[..., None], found, 0), AXIS)
+        part = jnp.where(mine[..., None], found, 0).astype(_F32)
+        return _add(self.config, self.ways, jnp.zeros(part.shape, found.dtype), part, norm)
 
     def logits(self, normed) -> jax.Array:
         """Normed states [..., hidden] -> float32 logits [..., vocab], or this device's part of them."""
@@ -233,9 +236,13 @@ class Llama(nnx.Module):
         best, token = logits.max(-1), logits.argmax(-1).astype(jnp.int32)
         if self.ways == 1:
             return token, best
-        top = lax.pmax(best, AXIS)
-        token = token + lax.axis_index(AXIS) * logits.shape[-1]
-        return lax.pmin(jnp.where(best == top, token, self.config.vocab), AXIS), top
+        # Each device's own [best, token] in its place, in one sum; a token is a whole number below 2^24.
+        device = lax.axis_index(AXIS)
+        own = jnp.stack([best, (token + device * logits.shape[-1]).astype(_F32)])
+        place = (jnp.arange(self.ways) == device)[:, None, None]
+        best, token = lax.psum(jnp.where(place, own, 0), AXIS).swapaxes(0, 1)
+        first = best.argmax(0, keepdims=True)
+        return jnp.take_along_axis(token, first, 0)[0].astype(jnp.int32), best.max(0)
 
 
 def prefill(model: Llama, cache: Cache, tokens) -> tuple[jax.Array, jax.Array, Cache]:
