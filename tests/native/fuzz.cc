@@ -6,7 +6,10 @@
 //   fuzz [--device cpu|cuda] [--cases C] [--seed S] [--only I]
 //        [--family
 //        decode|wgmma|persistent|cutlass|ragged|ragged_decode|ragged_wgmma|ragged_persistent]
+//        [--capability CC]
 //
+// --capability draws what a GPU of that compute capability (75: Turing) would be given, to run its
+// code on a later one: in a library built with W4A16_CUDA_ARCHS=75 the driver compiles it from PTX.
 // About a seventh of the cases, or all of the families "ragged...", are ragged products; half of
 // those have sizes that no x has. A failure prints one line that reproduces it. The last line
 // counts the cases of each kernel.
@@ -36,6 +39,7 @@ struct Options {
   int64_t cases = 200, only = -1;
   uint64_t seed = 1;
   std::string family;
+  int capability = 0;
 };
 
 [[noreturn]] void Die(const std::string& message) {
@@ -151,6 +155,7 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
   p.group_size = draw.OneOf<int64_t>({32, 64, 128, 128, 256, 96, 1 << 30});
   p.x_dtype = options.cuda ? draw.OneOf({W4A16_F16, W4A16_BF16})
                            : draw.OneOf({W4A16_F16, W4A16_BF16, W4A16_F32});
+  if (options.cuda && device.compute_capability < 80) p.x_dtype = W4A16_F16;
   p.out_dtype = draw.Chance(25) ? W4A16_F32 : p.x_dtype;
   p.has_zeros = draw.Chance(40);
   p.has_bias = draw.Chance(40);
@@ -343,6 +348,8 @@ Options Parse(int argc, char** argv) {
       options.only = std::atoll(value.c_str());
     else if (arg == "--family")
       options.family = value;
+    else if (arg == "--capability")
+      options.capability = std::atoi(value.c_str());
     else
       Die("unknown argument " + arg);
   }
@@ -355,6 +362,7 @@ int Main(int argc, char** argv) {
   if (options.cuda) {
     const w4a16_status status = w4a16_current_device(&device);
     if (status.code != W4A16_OK) Die(status.message);
+    if (options.capability > 0) device.compute_capability = options.capability;
   }
   std::map<std::string, int> counts;
   int64_t failures = 0, run = 0;
@@ -368,10 +376,13 @@ int Main(int argc, char** argv) {
     ++run;
     if (wrong.empty()) continue;
     ++failures;
-    std::printf("FAILED fuzz --device %s --cases %lld --seed %llu --only %lld%s: %s: %s\n",
+    std::printf("FAILED fuzz --device %s --cases %lld --seed %llu --only %lld%s%s: %s: %s\n",
                 options.cuda ? "cuda" : "cpu", static_cast<long long>(options.cases),
                 static_cast<unsigned long long>(options.seed), static_cast<long long>(i),
                 options.family.empty() ? "" : (" --family " + options.family).c_str(),
+                options.capability == 0
+                    ? ""
+                    : (" --capability " + std::to_string(options.capability)).c_str(),
                 c.Text().c_str(), wrong.c_str());
     std::fflush(stdout);
   }
