@@ -83,7 +83,7 @@ struct Dequantizer<__half> {
   static constexpr uint16_t kMinusUnit = 0x9800;        // -1 / kUnit
   static constexpr uint16_t kMinusEightUnits = 0xa400;  // -8 / kUnit
   // A scale times this takes a difference to 1/4 of the weight: finite for scales below 512, and
-  // rounded no further than the weight would be for scales from 2^-14 on.
+  // rounded no further than the weight would be from 2^-12 on; to multiples of 2^-22 below.
   static constexpr float kScaleUnit = 0x1p7f;
   static constexpr uint16_t kScaleUnits = 0x5800;
   // From CodeBits of row half r to code / kUnit.
