@@ -11,7 +11,11 @@ import jax
 from jax_w4a16 import _tuned
 from jax_w4a16._ffi import native
 
-MOST_DECODED_ROWS = 256
+# Where decode alone serves. On an H200 as if it had no other kernel, decode takes as long as dequantising
+# once and XLA's product at 125 to 180 rows (28672x4096, 4096x14336, 4096x4096), 1.3 to 1.8 times as long at
+# 256, 2.3 times at 2,048; GPUs whose memory is slower beside their tensor cores get there later. Small
+# weights take a few microseconds either way.
+MOST_DECODED_ROWS, LEAST_DENSE_WEIGHT = 256, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,8 @@ def is_better_dense(problem: Problem, config: str) -> bool:
 
     Decode dequantises for every 16 rows. What is to be batch-invariant must be the kernel's.
     """
-    return config.startswith("decode_") and problem.m > MOST_DECODED_ROWS and not problem.batch_invariant
+    many = problem.m > MOST_DECODED_ROWS and problem.n * problem.k >= LEAST_DENSE_WEIGHT
+    return many and config.startswith("decode_") and not problem.batch_invariant
 
 
 def choose_ragged(problem: Problem, experts: int, device: Device, explicit: str | None = None) -> str:

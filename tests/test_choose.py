@@ -106,11 +106,11 @@ def test_a_bad_file_is_ignored_with_one_warning(cache, text, why):
     assert _config.choose(PROBLEM, H200)[0] == able()[-1]
 
 
-def lowered(monkeypatch, device=H200, m=4, **params):
+def lowered(monkeypatch, device=H200, m=4, k=512, n=256, **params):
     """The text of a call lowered for CUDA as if this build and machine had it."""
     monkeypatch.setattr(_ffi, "has_cuda", lambda: True)
     monkeypatch.setattr(_config, "local_gpu", lambda: device)
-    ops = oracle.operands(oracle.Case(m, 512, 256, 128))
+    ops = oracle.operands(oracle.Case(m, k, n, 128))
     call = lambda x, q, s: _primitive.dot(x, q, s, group_size=128, **params)
     traced = jax.jit(call).trace(ops.x, ops.qweight, ops.scales)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -159,6 +159,7 @@ AMPERE = _config.Device("another GPU", 80, 108)
     [
         (AMPERE, 256, {}, False),
         (AMPERE, 257, {}, True),
+        (AMPERE, 4096, {"n": 512}, False),
         (AMPERE, 4096, {"batch_invariant": True}, False),
         (AMPERE, 4096, {"config": "decode_32x16_b2_w4_t1_s2_k1"}, False),
         (H200, 4096, {}, False),
@@ -167,7 +168,7 @@ AMPERE = _config.Device("another GPU", 80, 108)
 )
 def test_many_rows_where_decode_alone_serves(monkeypatch, device, m, params, dense):
     """The weight is dequantised once; a kernel asked for by name, or an invariant one, still serves."""
-    text = lowered(monkeypatch, device, m, **params)
+    text = lowered(monkeypatch, device, m, **({"k": 1024, "n": 1024} | params))
     assert ("@w4a16_dequantize(" in text and "dot_general" in text) == dense
     assert ("@w4a16_dot(" in text) != dense
 
@@ -176,8 +177,8 @@ def test_many_rows_where_decode_alone_serves(monkeypatch, device, m, params, den
 @pytest.mark.parametrize(
     "case",
     [
-        oracle.Case(300, 512, 320, 64, "float16", "float32", "fractional", True, alpha=0.5),
-        oracle.Case(300, 512, 320, 64),
+        oracle.Case(300, 1024, 1040, 64, "float16", "float32", "fractional", True, alpha=0.5),
+        oracle.Case(300, 1024, 1040, 64),
     ],
 )
 def test_product_of_many_rows_on_another_gpu(monkeypatch, case):
