@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def find_nvcc() -> str | None:
 
 
 @functools.cache
-def connect(devices: Sequence[jax.Device]) -> None:
+def connect(devices: Sequence[Any]) -> None:
     """Compiles the kernel, registers it, and gives each of a process's GPUs access to the others.
 
     Raises:
