@@ -1,6 +1,7 @@
 """Fits the costs in ffi/configs.inc to a sweep, and writes them there for ffi/heuristics.cc.
 
-    python -m benchmarks.fit_costs [--sweep results/h200_sweep.json] [--refine SEED] [--write]
+    python -m benchmarks.fit_costs [--sweep results/h200_sweep.json ...] [--refine SEED [--lines decode,x16_]]
+        [--write]
 
 A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc
 says what these are. Each configuration is fitted alone, over all rows of whatever type, by least squares of
@@ -39,6 +40,7 @@ POWER = 2  # of best / us, which weighs a measurement
 # A configuration is fitted where it is near the best, or where it is nearest.
 NEAR, FEW, NEAREST = 1.5, 8, 12
 REFINE_ROUNDS, REFINE_TRIES, REFINE_LEAST, REFINE_NEAR = 30, 6, 1e-5, 1.2
+REFINED = "wgmma,persistent,cutlass"
 FILLS = (1, 1.15, 1.5, 2, 2.4)  # persistent kernels: 0, for their waves may be fractions
 
 
@@ -166,16 +168,20 @@ class Choices:
 
 
 def refine(
-    costs: dict[str, Costs], configs: dict[str, dict], rows: list[dict], seed: int
+    costs: dict[str, Costs],
+    configs: dict[str, dict],
+    rows: list[dict],
+    seed: int,
+    lines: str = REFINED,
 ) -> dict[str, Costs]:
-    """Costs near the given ones by which the choice is better. Those of decode lines stay."""
+    """Costs near the given ones by which the choice is better; those of names with none of `lines` stay."""
     generator = random.Random(seed)
     choices, costs = Choices(costs, configs, rows), dict(costs)
     best = choices.badness()
     for _ in range(REFINE_ROUNDS):
         before = best
         for name in generator.sample(choices.names, len(choices.names)):
-            if configs[name]["family"] == "decode":
+            if not any(part in name for part in lines.split(",")):
                 continue
             column = choices.names.index(name)
             for _ in range(REFINE_TRIES):
@@ -237,19 +243,20 @@ def fit_all(configs: dict[str, dict], sweep: list[dict]) -> dict[str, Costs]:
 def main(argv: list[str] | None = None) -> int:
     """Fits, prints, and with --write rewrites configs.inc."""
     parser = argparse.ArgumentParser("benchmarks.fit_costs", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--sweep", type=Path, default=store.RESULTS / "h200_sweep.json")
+    parser.add_argument("--sweep", type=Path, nargs="+", default=[store.RESULTS / "h200_sweep.json"])
     parser.add_argument("--refine", type=int, metavar="SEED", help="start from the costs that are there")
+    parser.add_argument("--lines", default=REFINED, help="to refine: names that contain one of these")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args(argv)
 
     from jax_w4a16._ffi import native
 
     configs = {config["name"]: config for config in native.configs()}
-    sweep = json.loads(options.sweep.read_text())["rows"]
+    sweep = [row for path in options.sweep for row in json.loads(path.read_text())["rows"]]
     if options.refine is None:
         costs = fit_all(configs, sweep)
     else:
-        costs = refine(read(configs), configs, sweep, options.refine)
+        costs = refine(read(configs), configs, sweep, options.refine, options.lines)
     losses: dict[int, list[float]] = {}
     for row in sweep:
         if row["best"] is None:

@@ -4,9 +4,9 @@ Decoding is one program for many tokens: a loop with a fixed number of steps ove
 captures the whole step as a CUDA graph, and the cache is updated in place.
 
 Tensor parallelism runs the model inside `shard_map`, on one device's part of each weight: heads, the MLP's
-features and the vocabulary are split over the axis "model". What a row split sums (o and down) is one float32
-all-reduce each, or one kernel that has the norm in it (llama_sum.py). So that a contiguous part holds whole
-heads, fused columns are ordered
+features and the vocabulary are split over the axis "model". Each of the sums over devices (of o, down and
+the embedding) is one float32 all-reduce, or one kernel that has the norm in it (llama_sum.py). So that a
+contiguous part holds whole heads, fused columns are ordered
 
     qkv      [KV head, (query heads of its group, key, value), head_dim]
     gate_up  [block, (gate, up), MLP_BLOCK]

@@ -40,14 +40,8 @@ def connect(devices: Sequence[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "llama_sum.so"
         command = [nvcc, "-O3", "-std=c++17", "-arch=native", "-cudart=static", "-shared", "-Xcompiler=-fPIC"]
-        command += [
-            "-w",
-            "-I",
-            jax.ffi.include_dir(),
-            "-o",
-            str(library),
-            str(Path(__file__).with_suffix(".cu")),
-        ]
+        source = Path(__file__).with_suffix(".cu")
+        command += ["-isystem", jax.ffi.include_dir(), "-o", str(library), str(source)]
         subprocess.run(command, check=True)
         native = ctypes.CDLL(str(library))
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(native.LlamaAddNorm), platform="CUDA")

@@ -28,6 +28,14 @@ def device_of(implementation: str) -> jax.Device:
         pytest.skip(f"no CUDA device: {error}")
 
 
+def devices_of(implementation: str, count: int) -> list[jax.Device]:
+    """The first `count` devices that an implementation runs on; skips the test where there are fewer."""
+    found = jax.devices(device_of(implementation).platform)
+    if len(found) < count:
+        pytest.skip(f"needs {count} {implementation} devices, found {len(found)}")
+    return found[:count]
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
     """Each implementation, with its device as the default one."""

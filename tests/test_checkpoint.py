@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import device_of
+from conftest import devices_of
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -197,13 +197,6 @@ def test_a_save_replaces_a_link(tmp_path):
 # Placement ----------------------------------------------------------------------------------------------
 
 
-def gpu_mesh():
-    gpus = jax.devices(device_of("cuda").platform)
-    if len(gpus) < 2:
-        pytest.skip(f"needs 2 GPUs, found {len(gpus)}")
-    return jax.sharding.Mesh(np.array(gpus[:2]), ("model",))
-
-
 @pytest.fixture
 def mesh():
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -242,7 +235,7 @@ def test_sharding_by_a_function(mesh, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model")], ids=["columns", "rows"])
 def test_two_gpus_read_and_hold_a_half_each(spec, tmp_path, monkeypatch):
-    mesh = gpu_mesh()
+    mesh = jax.sharding.Mesh(np.array(devices_of("cuda", 2)), ("model",))
     with jax.default_device(jax.devices("cpu")[0]):
         want = quantized(4096, 8192, group_size=128)
         x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 4096)), jnp.bfloat16)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import device_of
+from conftest import device_of, devices_of
 from jax.sharding import PartitionSpec as P
 
 import jax_w4a16
@@ -62,10 +62,14 @@ def all_logits(config, state, tokens):
     return np.asarray(llama.program(config, read)(state, cache, jnp.asarray(tokens)))
 
 
-def gpus(ways):
-    if len(jax.devices(device_of("cuda").platform)) < ways or llama_sum.find_nvcc() is None:
-        pytest.skip(f"needs {ways} GPUs and nvcc")
-    return llama.make_mesh(ways)
+def linked_gpus(ways):
+    """A mesh of GPUs whose row sums are the kernel's."""
+    devices_of("cuda", ways)
+    if llama_sum.find_nvcc() is None:
+        pytest.skip("needs nvcc, found none")
+    mesh = llama.make_mesh(ways)
+    llama_sum.connect(tuple(mesh.devices))
+    return mesh
 
 
 def use_reference(monkeypatch):
@@ -197,7 +201,7 @@ class TestTensorParallel:
     @pytest.mark.gpu
     @pytest.mark.parametrize("shape", [(1, 512), (1, 8192), (3, 1, 4096), (16, 8192)])
     def test_the_kernel_adds_the_parts_and_norms(self, shape):
-        mesh = gpus(2)
+        mesh = linked_gpus(2)
         random = np.random.default_rng(0)
         scale = jnp.asarray(random.uniform(0.5, 1.5, shape[-1]), jnp.bfloat16)
         parts = random.standard_normal((2, *shape), np.float32)
@@ -211,7 +215,6 @@ class TestTensorParallel:
             x = x, jnp.zeros_like(x), jnp.zeros((*x.shape[:-1], 1))
             return jax.tree.map(lambda a: a[None], jax.lax.fori_loop(0, calls, step, x))
 
-        llama_sum.connect(tuple(mesh.devices))
         split = P(llama.AXIS)
         shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
         program = jax.jit(shard(run, in_specs=(P(), split, P()), out_specs=split))
@@ -229,8 +232,7 @@ class TestTensorParallel:
 
     @pytest.mark.gpu
     def test_logits_with_the_kernel_are_those_of_one_gpu(self):
-        mesh = gpus(2)
-        llama_sum.connect(tuple(mesh.devices))
+        linked_gpus(2)
         config = dataclasses.replace(WIDE, hidden=512, dtype="bfloat16")
         logits = {}
         for ways, row_sum in ((1, "xla"), (2, "xla"), (2, "kernel")):

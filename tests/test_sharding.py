@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import device_of
+from conftest import devices_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,11 +22,7 @@ MODES = pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=
 
 
 def mesh_of(shape, mode, platform="cpu"):
-    needed = int(np.prod(shape))
-    found = jax.devices(device_of(platform).platform)
-    if len(found) < needed:
-        pytest.skip(f"needs {needed} {platform} devices, found {len(found)}")
-    devices = np.array(found[:needed]).reshape(shape)
+    devices = np.array(devices_of(platform, int(np.prod(shape)))).reshape(shape)
     return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(mode, mode))
 
 
