@@ -50,10 +50,11 @@ def rotary(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Norm(nnx.Module):
-    """x / rms(x) * scale, in two factors: x * scale, and `factor` of the mean square, for after a product.
+    """x / rms(x) * scale, in two factors: x * scale, and `factor` of the sum of squares, for after a product.
 
     So the sum of squares, the residual sum before it and x * scale are one kernel; the factor, which depends
-    on all of a row, is part of a later one.
+    on all of a row, is part of a later one. (A mean would be: XLA lets a kernel end in a sum and in x * scale
+    at once, but not in what follows from the sum.)
     """
 
     def __init__(self, config: Config):
@@ -61,14 +62,14 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.hidden, config.dtype))
 
     def __call__(self, x):
-        """x [..., hidden] -> the same, and the mean square, float32 [..., 1]."""
+        """x [..., hidden] -> the same, and the sum of squares, float32 [..., 1]."""
         wide = x.astype(_F32)
-        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return (wide * self.scale[...].astype(_F32)).astype(x.dtype), square
+        squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        return (wide * self.scale[...].astype(_F32)).astype(x.dtype), squares
 
-    def factor(self, square):
+    def factor(self, squares):
         """1 / rms(x)."""
-        return lax.rsqrt(square + self.epsilon)
+        return lax.rsqrt(squares / self.scale.shape[0] + self.epsilon)
 
 
 class Layer(nnx.Module):
@@ -91,33 +92,34 @@ class Layer(nnx.Module):
 
         x is [batch, tokens, hidden]; `after` is the norm that follows this layer.
         """
-        x, (scaled, square) = x
+        x, (scaled, squares) = x
         qkv = self.qkv(scaled)
         if self.config.decode_attention == "pallas" and x.shape[1] == 1:
-            out, keys, values = self._attend_one(qkv, square, keys, values, position, rotation)
+            out, keys, values = self._attend_one(qkv, squares, keys, values, position, rotation)
         else:
-            qkv = qkv * self.norm_attention.factor(square)
+            qkv = qkv * self.norm_attention.factor(squares)
             out, keys, values = self._attend(qkv, keys, values, position, rotation)
-        x, (scaled, square) = _add(self.config, self.ways, x, self.o(out), self.norm_mlp)
-        gate_up = (self.gate_up(scaled) * self.norm_mlp.factor(square)).reshape(
+        x, (scaled, squares) = _add(self.config, self.ways, x, self.o(out), self.norm_mlp)
+        gate_up = (self.gate_up(scaled) * self.norm_mlp.factor(squares)).reshape(
             *x.shape[:2], -1, 2, MLP_BLOCK
         )
         out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
         return _add(self.config, self.ways, x, self.down(out), after), keys, values
 
-    def _attend_one(self, qkv, square, keys, values, position, rotation):
+    def _attend_one(self, qkv, squares, keys, values, position, rotation):
         c = self.config
         heads = qkv.reshape(keys.shape[0], -1, c.head_dim)
         cos, sin = (a[0] for a in rotation)
         out, keys, values = llama_attention.attend(
             heads,
-            square.reshape(-1),
+            squares.reshape(-1),
             cos,
             sin,
             keys,
             values,
             position,
+            hidden=c.hidden,
             epsilon=c.epsilon,
             interpret=jax.default_backend() == "cpu",
         )
@@ -223,8 +225,8 @@ class Llama(nnx.Module):
 
     def logits(self, normed) -> jax.Array:
         """Normed states [..., hidden] -> float32 logits [..., vocab], or this device's part of them."""
-        x, square = normed
-        factor = self.norm.factor(square)
+        x, squares = normed
+        factor = self.norm.factor(squares)
         if self.head is not None:
             return self.head(x) * factor
         embedding = self.embed.embedding[...]

@@ -19,17 +19,19 @@ _BLOCK = 64  # cached positions at a time
 _LEAST_ROWS = 16  # of a product's operand: fewer query heads are repeated
 
 
-def attend(qkv, square, cos, sin, keys, values, position, *, epsilon: float, interpret: bool = False):
+def attend(qkv, squares, cos, sin, keys, values, position, *, hidden: int, epsilon: float, interpret=False):
     """One new position of each sequence.
 
     Args:
       qkv: [batch x KV heads, query heads of a KV head + 2, head_dim]: query heads, key, value, not rotated.
-      square: float32 [batch], mean squares: a sequence's `qkv` is multiplied by 1 / sqrt(square + epsilon).
+      squares: float32 [batch], sums of squares: a sequence's `qkv` is multiplied by
+        1 / sqrt(squares / hidden + epsilon).
       cos: float32 [head_dim / 2], the position's.
       sin: likewise.
       keys: [batch x KV heads, length, head_dim], of which positions before `position` are read.
       values: likewise.
       position: int32, less than length.
+      hidden: how many numbers the norm is of.
       epsilon: of the norm.
       interpret: runs the kernel in JAX operations, on any device.
 
@@ -38,8 +40,8 @@ def attend(qkv, square, cos, sin, keys, values, position, *, epsilon: float, int
       new position, in the buffers of the old.
     """
     programs, rows, dim = qkv.shape
-    sizes = {"kv_heads": programs // square.shape[0], "heads": rows - 2, "dim": dim}
-    kernel = functools.partial(_kernel, **sizes, epsilon=epsilon)
+    sizes = {"kv_heads": programs // squares.shape[0], "heads": rows - 2, "dim": dim}
+    kernel = functools.partial(_kernel, **sizes, hidden=hidden, epsilon=epsilon)
     like = lambda shape: jax.ShapeDtypeStruct(shape, keys.dtype, **_varying(keys))
     return pl.pallas_call(
         kernel,
@@ -49,7 +51,7 @@ def attend(qkv, square, cos, sin, keys, values, position, *, epsilon: float, int
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="llama_decode_attention",
-    )(jnp.reshape(position, 1), qkv, square, cos, sin, keys, values)
+    )(jnp.reshape(position, 1), qkv, squares, cos, sin, keys, values)
 
 
 def _varying(array) -> dict:
@@ -62,11 +64,13 @@ def _dot(a, b):
     return jnp.dot(a, b, preferred_element_type=_F32)
 
 
-def _kernel(position, qkv, square, cos, sin, _, __, out, keys, values, *, kv_heads, heads, dim, epsilon):
+def _kernel(
+    position, qkv, squares, cos, sin, _, __, out, keys, values, *, kv_heads, heads, dim, hidden, epsilon
+):
     program, new = pl.program_id(0), position[0]
     half, dtype = dim // 2, keys.dtype
     halves = pl.ds(0, half), pl.ds(half, half)
-    factor = lax.rsqrt(square[program // kv_heads] + epsilon)
+    factor = lax.rsqrt(squares[program // kv_heads] / hidden + epsilon)
     scaled = lambda row, part: qkv[program, row, part].astype(_F32) * factor
     cosine, sine = cos[:], sin[:]
 

@@ -49,7 +49,7 @@ __device__ float2 Receive(const uint4* slot, uint32_t call) {
 
 __global__ void __cluster_dims__(kCluster, 1, 1)
     AddNorm(const __grid_constant__ Link link, const float2* part, const __nv_bfloat162* x, const __nv_bfloat162* scale,
-            __nv_bfloat162* out, __nv_bfloat162* scaled, float* square) {
+            __nv_bfloat162* out, __nv_bfloat162* scaled, float* squares) {
   __shared__ float of_warps[32], of_ctas[kCluster];
   const auto cluster = cg::this_cluster();
   auto started = cluster.barrier_arrive();
@@ -80,9 +80,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
     for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
     return v;
   };
-  const float squares = over_warp(wide.x * wide.x + wide.y * wide.y);
+  const float of_warp = over_warp(wide.x * wide.x + wide.y * wide.y);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (lane == 0) of_warps[warp] = squares;
+  if (lane == 0) of_warps[warp] = of_warp;
   __syncthreads();
   cluster.barrier_wait(std::move(started));
   if (warp == 0) {
@@ -93,7 +93,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
   if (threadIdx.x != 0 || blockIdx.x != 0) return;
   float total = 0;
   for (int c = 0; c < kCluster; ++c) total += of_ctas[c];
-  square[blockIdx.y] = total / (2 * gridDim.x * blockDim.x);
+  squares[blockIdx.y] = total;
   // The last cluster to have read the count raises it.
   if (gridDim.y == 1 || atomicAdd(link.counts + 1, 1) == gridDim.y - 1) {
     link.counts[1] = 0;
@@ -105,7 +105,7 @@ using BF16 = ffi::Buffer<ffi::BF16>;
 using F32 = ffi::Buffer<ffi::F32>;
 
 ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::Result<BF16> out,
-               ffi::Result<BF16> scaled, ffi::Result<F32> square) {
+               ffi::Result<BF16> scaled, ffi::Result<F32> squares) {
   int device;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices || g_links[device].size == 0) {
     return ffi::Error::Internal("llama_add_norm: the device is linked to no other");
@@ -114,7 +114,7 @@ ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::Result<BF
   const int64_t threads = hidden / (2 * kCluster);
   if (hidden % (64 * kCluster) || threads > 1024 || count % hidden || count / 2 > kCapacity ||
       part.element_count() != count || out->element_count() != count || scaled->element_count() != count ||
-      square->element_count() != count / hidden) {
+      squares->element_count() != count / hidden) {
     return ffi::Error::InvalidArgument("llama_add_norm: sizes");
   }
   if (count == 0) return ffi::Error::Success();
@@ -122,7 +122,7 @@ ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::Result<BF
   AddNorm<<<dim3(kCluster, count / hidden), threads, 0, stream>>>(
       g_links[device], reinterpret_cast<const float2*>(part.typed_data()), pairs(x.typed_data()),
       pairs(scale.typed_data()), pairs(out->typed_data()), pairs(scaled->typed_data()),
-      square->typed_data());
+      squares->typed_data());
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
 }

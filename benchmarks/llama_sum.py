@@ -68,8 +68,8 @@ def add_and_norm(x, part, scale):
       scale: bfloat16 [hidden].
 
     Returns:
-      y = x plus the sum of the parts, rounded once; y * scale; and float32 [..., 1], the mean square of y.
+      y = x plus the sum of the parts, rounded once; y * scale; and float32 [..., 1], the sum of y's squares.
     """
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    square = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
-    return jax.ffi.ffi_call(_TARGET, (like, like, square))(part, x, scale)
+    squares = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+    return jax.ffi.ffi_call(_TARGET, (like, like, squares))(part, x, scale)

@@ -209,8 +209,8 @@ class TestTensorParallel:
 
         def run(x, parts, scale):
             def step(_, x):
-                y, scaled, square = llama_sum.add_and_norm(x[0], parts[0], scale)
-                return y, scaled, square
+                y, scaled, squares = llama_sum.add_and_norm(x[0], parts[0], scale)
+                return y, scaled, squares
 
             x = x, jnp.zeros_like(x), jnp.zeros((*x.shape[:-1], 1))
             return jax.tree.map(lambda a: a[None], jax.lax.fori_loop(0, calls, step, x))
@@ -218,7 +218,7 @@ class TestTensorParallel:
         split = P(llama.AXIS)
         shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
         program = jax.jit(shard(run, in_specs=(P(), split, P()), out_specs=split))
-        y, scaled, square = program(jnp.zeros(shape, jnp.bfloat16), parts, scale)
+        y, scaled, squares = program(jnp.zeros(shape, jnp.bfloat16), parts, scale)
         want = jnp.zeros(shape, jnp.bfloat16)
         for _ in range(calls):
             want = (want.astype(jnp.float32) + parts.sum(0)).astype(jnp.bfloat16)
@@ -227,8 +227,8 @@ class TestTensorParallel:
             np.testing.assert_array_equal(y[device], want)
             product = want.astype(jnp.float32) * scale
             np.testing.assert_array_equal(scaled[device], product.astype(jnp.bfloat16))
-            np.testing.assert_allclose(square[device], (wide**2).mean(-1, keepdims=True), rtol=1e-5)
-        np.testing.assert_array_equal(square[0], square[1])
+            np.testing.assert_allclose(squares[device], (wide**2).sum(-1, keepdims=True), rtol=1e-5)
+        np.testing.assert_array_equal(squares[0], squares[1])
 
     @pytest.mark.gpu
     def test_logits_with_the_kernel_are_those_of_one_gpu(self):

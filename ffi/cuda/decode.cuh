@@ -32,6 +32,11 @@
 // product, nor weights loaded to registers, nor another order of K in every CTA, nor tiles of up to
 // 448 rows in clusters of 4 and 8. A bias loaded at the start, and converted there, cost 5%.
 //
+// What a CTA does after its last copy has come is on no other's way: at 4096 x 4096, M = 1, it was
+// 0.8 of 4.7 us. Sums of 8 quads at a time, and addresses found while the first copies were under
+// way, took 5% off (at M = 8 3%, of larger layers 1 to 3%). To run the loop and the end once on
+// nothing meanwhile, so that their instructions are in the cache, cost 3 to 10%.
+//
 // What limits M = 16 is the products: 8192 x 8192 takes 9.0 us with every copy left out and 12.1
 // with the weights in L2, of 12.6 (memory: 9.1). One more mma costs its scheduler about 6 cycles of
 // the 27 in which memory brings 16 x 16 codes, and M = 16 needs two for these, and some for sums.
@@ -82,7 +87,7 @@ inline constexpr bool kTuring = false;
 __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team, bool general) {
   if (kTuring) return 32 * kTuringWarps;
   const int outputs = tile_n * tile_m / team;  // of a warp
-  return outputs <= 64 * 8 && !general ? 512 : outputs <= 64 * 16 ? 384 : 256;
+  return outputs <= (general ? 32 : 64) * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
 // Has the compiler hold a value in a register instead of deriving it again wherever it is used.
@@ -453,8 +458,29 @@ __device__ __forceinline__ float4 LoadQuad(uint32_t address) {
   return reinterpret_cast<const float4&>(bits);
 }
 
-// The sum of `count` quads, `stride` bytes apart in shared memory.
+// Adds kAbreast quads at a time, `stride` bytes apart in shared memory, while as many are left.
+template <int kAbreast>
+__device__ __forceinline__ void AddQuads(float4& sum, uint32_t& first, int stride, int& left) {
+#pragma unroll 1
+  for (; left >= kAbreast; left -= kAbreast, first += kAbreast * stride) {
+    float4 quads[kAbreast];
+#pragma unroll
+    for (int i = 0; i < kAbreast; ++i) quads[i] = LoadQuad(first + i * stride);
+#pragma unroll
+    for (int i = 0; i < kAbreast; ++i) Add(sum, quads[i]);
+  }
+}
+
+// The sum of `count` quads, in their order. Wide tiles leave few registers.
+template <int kTileM>
 __device__ __forceinline__ float4 SumQuads(uint32_t first, int stride, int count) {
+  if constexpr (kTileM == 8) {
+    float4 sum = {};
+    AddQuads<8>(sum, first, stride, count);
+    AddQuads<4>(sum, first, stride, count);
+    AddQuads<1>(sum, first, stride, count);
+    return sum;
+  }
   float4 sum = LoadQuad(first);
 #pragma unroll 4
   for (int i = 1; i < count; ++i) Add(sum, LoadQuad(first + i * stride));
@@ -478,21 +504,33 @@ __device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int lef
   }
 }
 
-// out[n .. n + 3] of token m.
+// out[at .. at + 3], which are columns n .. n + 3.
 template <typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, int m, int n, float4 sum) {
-  const T* bias = static_cast<const T*>(p.bias);
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int64_t at, int n, float4 sum) {
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  if (p.bias == nullptr) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    v[i] = fmaf(p.alpha, v[i], bias != nullptr && n + i < p.n ? ToFloat(bias[n + i]) : 0.0f);
-  const int64_t at = static_cast<int64_t>(m) * p.n + n;
+    for (float& of : v) of *= p.alpha;
+  } else {
+    const T* bias = static_cast<const T*>(p.bias);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = fmaf(p.alpha, v[i], n + i < p.n ? ToFloat(bias[n + i]) : 0.0f);
+  }
   if (p.out_float32) {
     StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
   } else {
     StoreQuad(static_cast<T*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
   }
 }
+
+// Four neighbouring columns of one token.
+struct Quad {
+  int exists;      // in the tile and its rows
+  int n;           // the first column
+  uint32_t terms;  // the first team's sums, in shared memory
+  int64_t out;     // element of out
+};
 
 // The warps of a team meet.
 template <int kTeam>
@@ -571,6 +609,26 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   }
 #endif
 
+  // Without a cluster a thread sums every blockDim-th quad of all teams; it finds the first, and
+  // the next stage, before it waits for any copy, where registers are left to hold them.
+  constexpr int kStride = PartialStride(kTileN);
+  constexpr bool kHoldMore = kHold && kTileM == 8;
+  auto find_quad = [&](int idx) {
+    const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
+    const int n = n0 + 4 * quad;
+    return Quad{.exists = token < rows && quad < kQuads,
+                .n = n,
+                .terms = partials + 4 * kStride * token + 16 * quad,
+                .out = static_cast<int64_t>(m0 + token) * p.n + n};
+  };
+  Quad quad;
+  uint32_t both_stages = 2 * ring_address + p.stage_bytes;
+  if constexpr (kHoldMore) {
+    quad = find_quad(threadIdx.x);
+    Hold<true>(quad.exists), Hold<true>(quad.n), Hold<true>(quad.terms), Hold<true>(quad.out);
+    Hold<true>(both_stages);
+  }
+
   constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks, kTeam>;
   StageOffsets<kTokenBlocks> offsets = kFindOffsets(p.x_rows, rows, member, lane);
   Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales);
@@ -594,11 +652,14 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
     if constexpr (!kHold) loader.Advance();
     if (unit + kStages * step < end) loader.Load(stage);
     CopyAsyncCommit();
-    stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
+    if constexpr (kHoldMore && kStages == 2) {
+      stage = both_stages - stage;
+    } else {
+      stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;
+    }
   }
 
   constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
-  constexpr int kStride = PartialStride(kTileN);
   const uint32_t partial = ring_address + 4 * (member * (kRowBlocks * kBlockN) + lane / 4);
 #pragma unroll
   for (int r = 0; r < kRowBlocks; ++r) {
@@ -610,40 +671,42 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
                     kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i]);
     }
   }
-#if __CUDA_ARCH__ >= 900
-  if (log2_split > 0) ClusterWait();  // invariant 5
+  if (log2_split == 0) {
+    __syncthreads();  // invariant 4
+#if defined(W4A16_RACECHECK)
+    __syncthreads();  // racecheck does not see the one above where teams had barriers
 #endif
+    for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
+      if (!kHoldMore || idx >= blockDim.x) quad = find_quad(idx);
+      if (quad.exists)
+        StoreOut<T>(p, quad.out, quad.n, SumQuads<kTileM>(quad.terms, p.team_bytes, num_teams));
+    }
+    return;
+  }
+#if __CUDA_ARCH__ >= 900
+  ClusterWait();    // invariant 5
   __syncthreads();  // invariant 4
 #if defined(W4A16_RACECHECK)
-  __syncthreads();  // racecheck does not see the one above where teams had barriers
+  __syncthreads();
 #endif
-
-  // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of
-  // them.
-  uint32_t terms = partials;
-  int num_terms = num_teams, term_bytes = p.team_bytes, token_bytes = 4 * kStride;
-#if __CUDA_ARCH__ >= 900
-  if (log2_split > 0) {
-    for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
-      const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
-      if (quad >= kQuads) continue;
-      const int at = (rank * kTileM + token) * share + (quad >> log2_split);
-      SendCluster(received + 16 * at, barrier, quad & (split - 1),
-                  SumQuads(terms + token * token_bytes + 16 * quad, term_bytes, num_terms));
-    }
-    MbarrierWait(barrier, 0);  // invariant 6
-    terms = received;
-    num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
+  for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
+    const Quad of_teams = find_quad(idx);
+    if (!of_teams.exists) continue;
+    const int token = idx >> kLog2Quads, i = idx & ((1 << kLog2Quads) - 1);
+    const int at = (rank * kTileM + token) * share + (i >> log2_split);
+    SendCluster(received + 16 * at, barrier, i & (split - 1),
+                SumQuads<kTileM>(of_teams.terms, p.team_bytes, num_teams));
   }
-#endif
+  MbarrierWait(barrier, 0);  // invariant 6
   const int log2_quads = kLog2Quads - log2_split;
   for (int idx = threadIdx.x; idx < rows << log2_quads; idx += blockDim.x) {
     const int token = idx >> log2_quads, i = idx & ((1 << log2_quads) - 1);
-    const int quad = (i << log2_split) + rank;
-    if (quad >= kQuads) continue;
-    StoreOut<T>(p, m0 + token, n0 + 4 * quad,
-                SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
+    const int n = n0 + 4 * ((i << log2_split) + rank);
+    if (n >= n0 + kTileN) continue;
+    StoreOut<T>(p, static_cast<int64_t>(m0 + token) * p.n + n, n,
+                SumQuads<kTileM>(received + 16 * (token * share + i), 16 * kTileM * share, split));
   }
+#endif
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
