@@ -504,19 +504,28 @@ __device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int lef
   }
 }
 
+// bias[n .. n + 3] as it is stored; zeros beyond N, or where there is none.
+template <typename T>
+__device__ __forceinline__ uint2 LoadBias(const DecodeParams& p, int n) {
+  if (p.bias == nullptr) return {};
+  const T* bias = static_cast<const T*>(p.bias) + n;
+  if (n + 4 <= p.n) return *reinterpret_cast<const uint2*>(bias);
+  alignas(8) T values[4] = {};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    if (n + i < p.n) values[i] = bias[i];
+  }
+  return *reinterpret_cast<const uint2*>(values);
+}
+
 // out[at .. at + 3], which are columns n .. n + 3.
 template <typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, int64_t at, int n, float4 sum) {
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int64_t at, int n, float4 sum,
+                                         uint2 bias) {
+  const T* values = reinterpret_cast<const T*>(&bias);
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
-  if (p.bias == nullptr) {
 #pragma unroll
-    for (float& of : v) of *= p.alpha;
-  } else {
-    const T* bias = static_cast<const T*>(p.bias);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      v[i] = fmaf(p.alpha, v[i], n + i < p.n ? ToFloat(bias[n + i]) : 0.0f);
-  }
+  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], ToFloat(values[i]));
   if (p.out_float32) {
     StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
   } else {
@@ -671,42 +680,57 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
                     kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i]);
     }
   }
-  if (log2_split == 0) {
+  if (kHoldMore && log2_split == 0) {
+    uint2 bias = {};  // of the first quad: on its way while the warps meet
+    if (quad.exists) bias = LoadBias<T>(p, quad.n);
     __syncthreads();  // invariant 4
-#if defined(W4A16_RACECHECK)
-    __syncthreads();  // racecheck does not see the one above where teams had barriers
-#endif
     for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
-      if (!kHoldMore || idx >= blockDim.x) quad = find_quad(idx);
+      if (idx >= blockDim.x) {
+        quad = find_quad(idx);
+        if (quad.exists) bias = LoadBias<T>(p, quad.n);
+      }
       if (quad.exists)
-        StoreOut<T>(p, quad.out, quad.n, SumQuads<kTileM>(quad.terms, p.team_bytes, num_teams));
+        StoreOut<T>(p, quad.out, quad.n, SumQuads<kTileM>(quad.terms, p.team_bytes, num_teams),
+                    bias);
     }
     return;
   }
+
 #if __CUDA_ARCH__ >= 900
-  ClusterWait();    // invariant 5
+  if (log2_split > 0) ClusterWait();  // invariant 5
+#endif
   __syncthreads();  // invariant 4
 #if defined(W4A16_RACECHECK)
-  __syncthreads();
+  __syncthreads();  // racecheck does not see the one above where teams had barriers
 #endif
-  for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
-    const Quad of_teams = find_quad(idx);
-    if (!of_teams.exists) continue;
-    const int token = idx >> kLog2Quads, i = idx & ((1 << kLog2Quads) - 1);
-    const int at = (rank * kTileM + token) * share + (i >> log2_split);
-    SendCluster(received + 16 * at, barrier, i & (split - 1),
-                SumQuads<kTileM>(of_teams.terms, p.team_bytes, num_teams));
+
+  // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of
+  // them.
+  uint32_t terms = partials;
+  int num_terms = num_teams, term_bytes = p.team_bytes, token_bytes = 4 * kStride;
+#if __CUDA_ARCH__ >= 900
+  if (log2_split > 0) {
+    for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
+      const int token = idx >> kLog2Quads, i = idx & ((1 << kLog2Quads) - 1);
+      if (i >= kQuads) continue;
+      const int at = (rank * kTileM + token) * share + (i >> log2_split);
+      SendCluster(received + 16 * at, barrier, i & (split - 1),
+                  SumQuads<kTileM>(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
+    }
+    MbarrierWait(barrier, 0);  // invariant 6
+    terms = received;
+    num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
-  MbarrierWait(barrier, 0);  // invariant 6
+#endif
   const int log2_quads = kLog2Quads - log2_split;
   for (int idx = threadIdx.x; idx < rows << log2_quads; idx += blockDim.x) {
     const int token = idx >> log2_quads, i = idx & ((1 << log2_quads) - 1);
     const int n = n0 + 4 * ((i << log2_split) + rank);
     if (n >= n0 + kTileN) continue;
     StoreOut<T>(p, static_cast<int64_t>(m0 + token) * p.n + n, n,
-                SumQuads<kTileM>(received + 16 * (token * share + i), 16 * kTileM * share, split));
+                SumQuads<kTileM>(terms + token * token_bytes + 16 * i, term_bytes, num_terms),
+                LoadBias<T>(p, n));
   }
-#endif
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
