@@ -30,12 +30,13 @@
 // evict-first 2 to 5% at M = 1. Bulk copies of weights and scales were never faster, nor were
 // shifts of the codes by multiplying, nor all of a stage read and refilled before its first
 // product, nor weights loaded to registers, nor another order of K in every CTA, nor tiles of up to
-// 448 rows in clusters of 4 and 8. A bias loaded at the start, and converted there, cost 5%.
+// 448 rows in clusters of 4 and 8.
 //
 // What a CTA does after its last copy has come is on no other's way: at 4096 x 4096, M = 1, it was
 // 0.8 of 4.7 us. Sums of 8 quads at a time, and addresses found while the first copies were under
 // way, took 5% off (at M = 8 3%, of larger layers 1 to 3%). To run the loop and the end once on
-// nothing meanwhile, so that their instructions are in the cache, cost 3 to 10%.
+// nothing meanwhile, so that their instructions are in the cache, cost 3 to 10%. A bias loaded as
+// the warps meet costs 0.5%; loaded after that 2.5, at the start (and converted there) 5.
 //
 // What limits M = 16 is the products: 8192 x 8192 takes 9.0 us with every copy left out and 12.1
 // with the weights in L2, of 12.6 (memory: 9.1). One more mma costs its scheduler about 6 cycles of
@@ -618,8 +619,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   }
 #endif
 
-  // Without a cluster a thread sums every blockDim-th quad of all teams; it finds the first, and
-  // the next stage, before it waits for any copy, where registers are left to hold them.
+  // Without a cluster a thread sums every blockDim-th quad of all teams. Where registers are left
+  // it finds the first, and what leads from one of two stages to the other, before it waits for
+  // copies.
   constexpr int kStride = PartialStride(kTileN);
   constexpr bool kHoldMore = kHold && kTileM == 8;
   auto find_quad = [&](int idx) {
