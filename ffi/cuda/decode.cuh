@@ -32,8 +32,8 @@
 // product, nor weights loaded to registers, nor another order of K in every CTA, nor tiles of up to
 // 448 rows in clusters of 4 and 8.
 //
-// What a CTA does after its last copy has come is on no other's way: at 4096 x 4096, M = 1, it was
-// 0.8 of 4.7 us. Sums of 8 quads at a time, and addresses found while the first copies were under
+// Nothing hides what a CTA does after its last copy has come: at 4096 x 4096, M = 1, it was 0.8 of
+// 4.7 us. Sums of 8 quads at a time, and addresses found while the first copies were under
 // way, took 5% off (at M = 8 3%, of larger layers 1 to 3%). To run the loop and the end once on
 // nothing meanwhile, so that their instructions are in the cache, cost 3 to 10%. A bias loaded as
 // the warps meet costs 0.5%; loaded after that 2.5, at the start (and converted there) 5.
