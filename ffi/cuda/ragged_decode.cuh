@@ -1,4 +1,4 @@
-// Decode for ragged products: decode.cuh's stages and sums, in persistent CTAs.
+// Decode for ragged products: decode_stage.cuh's products and sums, in persistent CTAs.
 //
 // Tiles are those of each expert's rows, counted over experts, then along N, then along the rows. A
 // CTA takes every gridDim.x-th of them, and finds each in a table of where the experts' rows and
@@ -19,7 +19,7 @@
 // after a __syncthreads.
 #pragma once
 
-#include "decode.cuh"
+#include "decode_stage.cuh"
 #include "expert_map.cuh"
 #include "ragged_decode.h"
 

@@ -1,0 +1,238 @@
+// What decode and ragged decode share: the products of a stage, and the sums of partial tiles.
+// decode.cuh has the picture of both and says what their speed hangs on.
+#pragma once
+
+#include "convert.cuh"
+#include "decode.h"
+#include "dequant.cuh"
+#include "ptx.cuh"
+
+namespace w4a16 {
+
+// Whether this code is for Turing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kTuring = true;
+#else
+inline constexpr bool kTuring = false;
+#endif
+
+__host__ __device__ constexpr int CeilLog2(int v) { return v > 1 ? 1 + CeilLog2((v + 1) / 2) : 0; }
+
+template <typename T>
+__device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
+  const uint16_t bits = LoadShared16(address);
+  return ToFloat(*reinterpret_cast<const T*>(&bits));
+}
+
+// Where a warp has rows enough to share it, sum(x) costs less than subtracting 8 from every code.
+__host__ __device__ constexpr bool UsesAffineCodes(int rows, int tile_m, bool zeros) {
+  return zeros || rows > 2 * tile_m;
+}
+
+// Where a lane finds its operands in a stage.
+template <int kTokenBlocks>
+struct StageOffsets {
+  uint32_t words, scales, x[kTokenBlocks];
+};
+
+// Those of a warp, the team's `member`. What stands for a token beyond `rows` matters to no other.
+template <int kTileN, int kTileM, int kBlocks, int kTeam>
+__device__ __forceinline__ StageOffsets<kTileM / 8> FindOffsets(int x_rows, int rows, int member,
+                                                                int lane) {
+  constexpr int kRows = kTileN / kTeam;  // of the warp
+  constexpr int kWeightBytes = kBlocks * (kTileN / kBlockN) * kBlockBytes;
+  StageOffsets<kTileM / 8> at = {
+      .words = member * (kRows / kBlockN * kBlockBytes) + 16u * lane,
+      .scales = kWeightBytes + x_rows * XRowBytes(kBlocks) + 2 * (member * kRows + lane / 4u),
+  };
+#pragma unroll
+  for (int j = 0; j < kTileM / 8; ++j)
+    at.x[j] = kWeightBytes + min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
+  return at;
+}
+
+// The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
+// of the tile times tokens 8 j .. .
+template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
+__device__ __forceinline__ void MultiplyStage(uint32_t stage,
+                                              const StageOffsets<kTileM / 8>& offsets,
+                                              float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
+  using D = Dequantizer<T>;
+  constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
+  constexpr int kRowBlocks = kTileBlocks / kTeam;  // this warp's
+  constexpr int kSteps = 4 * kBlocks / kParts;     // mma steps in a part
+  constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
+  // An mma takes long to finish and the next on the same accumulator waits for it, so several
+  // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
+  constexpr int kRows = 2;
+  constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
+  constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
+                                 D::InverseStep(1)};
+  const uint32_t words_address = stage + offsets.words, scale_address = stage + offsets.scales;
+
+  // Parts are outermost, so that x and its sums live for one part alone.
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    uint32_t x[kTokenBlocks][kSteps][2];  // operand B of every step
+#pragma unroll
+    for (int j = 0; j < kTokenBlocks; ++j) {
+#pragma unroll
+      for (int s = 0; s < kSteps; s += 2) {
+        const int i = (part * kSteps + s) / 2;
+        uint32_t v[4];
+        LoadMatrix4(stage + offsets.x[j] + 64 * i, v);
+        x[j][s][0] = v[0], x[j][s][1] = v[1];
+        x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
+      }
+    }
+    float sum[kTokenBlocks][kChains][4] = {}, minus[kTokenBlocks][4];
+#pragma unroll
+    for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
+      constexpr int kWords = kSteps < 4 ? kSteps : 4;  // read at a time
+      uint32_t words[kRows][kSteps];
+#pragma unroll
+      for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
+#pragma unroll
+        for (int s = 0; s < kSteps; s += kWords) {
+          const int b = (part * kSteps + s) / 4, first = (part * kSteps + s) % 4;
+          LoadSharedWords(words_address + (b * kTileBlocks + r0 + r) * kBlockBytes + 4 * first,
+                          *reinterpret_cast<uint32_t (*)[kWords]>(&words[r][s]));
+        }
+      }
+      float partial[kRows][kChains][kTokenBlocks][4] = {};
+      // Without zero points every row subtracts the same: all but the first begin with it.
+      const bool begun = kAffine && !kZeros && r0 > 0;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int j = 0; j < kTokenBlocks; ++j) {
+          if (kAffine && r0 == 0)
+            Mma<T>(sum[j][s % kChains], kOnes, x[j][s][0], x[j][s][1], sum[j][s % kChains]);
+        }
+#pragma unroll
+        for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
+          uint32_t a[4];
+          if constexpr (kAffine) {
+            D::Affine(words[r][s], a);
+          } else {
+            D::Exact(words[r][s], a);
+          }
+#pragma unroll
+          for (int j = 0; j < kTokenBlocks; ++j)
+            Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1],
+                   begun && s == 0 ? minus[j] : partial[r][s % kChains][j]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; kAffine && r0 == 0 && i < kTokenBlocks * 4; ++i) {
+        float& of = sum[i / 4][0][i % 4];
+        if constexpr (kChains == 2) of += sum[i / 4][1][i % 4];
+        minus[i / 4][i % 4] = -(kSymmetricZero + D::kOffset) * of;
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kRows && r0 + i / 2 < kRowBlocks; ++i) {
+        const int r = i / 2, half = i % 2;
+        const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
+        const float scale = LoadSharedFloat<T>(row);
+        float zero = 0;
+        if constexpr (kZeros) zero = LoadSharedFloat<T>(row + 2 * kParts * kTileN) + D::kOffset;
+#pragma unroll
+        for (int j = 0; j < kTokenBlocks; ++j) {
+#pragma unroll
+          for (int c = 2 * half; c < 2 * half + 2; ++c) {
+            float v = partial[r][0][j][c];
+            if constexpr (kChains == 2) v += partial[r][1][j][c];
+            if (kAffine && !begun) v = kZeros ? fmaf(-zero, sum[j][0][c], v) : v + minus[j][c];
+            acc[r0 + r][j][c] = fmaf(scale, v, acc[r0 + r][j][c]);
+          }
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void Add(float4& a, const float4& b) {
+  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+}
+
+__device__ __forceinline__ float4 LoadQuad(uint32_t address) {
+  const uint4 bits = LoadShared128(address);
+  return reinterpret_cast<const float4&>(bits);
+}
+
+// Adds kAbreast quads at a time, `stride` bytes apart in shared memory, while as many are left.
+template <int kAbreast>
+__device__ __forceinline__ void AddQuads(float4& sum, uint32_t& first, int stride, int& left) {
+#pragma unroll 1
+  for (; left >= kAbreast; left -= kAbreast, first += kAbreast * stride) {
+    float4 quads[kAbreast];
+#pragma unroll
+    for (int i = 0; i < kAbreast; ++i) quads[i] = LoadQuad(first + i * stride);
+#pragma unroll
+    for (int i = 0; i < kAbreast; ++i) Add(sum, quads[i]);
+  }
+}
+
+// The sum of `count` quads, in their order. Wide tiles leave few registers.
+template <int kTileM>
+__device__ __forceinline__ float4 SumQuads(uint32_t first, int stride, int count) {
+  if constexpr (kTileM == 8) {
+    float4 sum = {};
+    AddQuads<8>(sum, first, stride, count);
+    AddQuads<4>(sum, first, stride, count);
+    AddQuads<1>(sum, first, stride, count);
+    return sum;
+  }
+  float4 sum = LoadQuad(first);
+#pragma unroll 4
+  for (int i = 1; i < count; ++i) Add(sum, LoadQuad(first + i * stride));
+  return sum;
+}
+
+// `left` of 4 neighbours; `aligned`: all of them or none, at a multiple of their size.
+template <typename Out>
+__device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int left, bool aligned) {
+  alignas(16) Out values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = FromFloat<Out>(v[i]);
+  if (aligned) {
+    using Vector = std::conditional_t<sizeof(Out) == 4, float4, uint2>;
+    if (left > 0) *reinterpret_cast<Vector*>(out) = *reinterpret_cast<const Vector*>(values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) out[i] = values[i];
+    }
+  }
+}
+
+// bias[n .. n + 3] as it is stored; zeros beyond N, or where there is none.
+template <typename T>
+__device__ __forceinline__ uint2 LoadBias(const DecodeParams& p, int n) {
+  if (p.bias == nullptr) return {};
+  const T* bias = static_cast<const T*>(p.bias) + n;
+  if (n + 4 <= p.n) return *reinterpret_cast<const uint2*>(bias);
+  alignas(8) T values[4] = {};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    if (n + i < p.n) values[i] = bias[i];
+  }
+  return *reinterpret_cast<const uint2*>(values);
+}
+
+// out[at .. at + 3], which are columns n .. n + 3.
+template <typename T>
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int64_t at, int n, float4 sum,
+                                         uint2 bias) {
+  const T* values = reinterpret_cast<const T*>(&bias);
+  float v[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], ToFloat(values[i]));
+  if (p.out_float32) {
+    StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
+  } else {
+    StoreQuad(static_cast<T*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
+  }
+}
+
+}  // namespace w4a16
