@@ -360,12 +360,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decode-attention", choices=("xla", "pallas"), default="pallas", help="of a decoding step"
     )
-    parser.add_argument(
-        "--row-sum",
-        choices=("xla", "kernel"),
-        default="kernel",
-        help="over several GPUs",
-    )
+    parser.add_argument("--row-sum", choices=("xla", "kernel"), default="kernel", help="over several GPUs")
     parser.add_argument("--output", type=Path, default=store.RESULTS / "llama.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in this process
     options = parser.parse_args(argv)

@@ -53,8 +53,8 @@ class Norm(nnx.Module):
     """x / rms(x) * scale, in two factors: x * scale, and `factor` of the sum of squares, for after a product.
 
     So the sum of squares, the residual sum before it and x * scale are one kernel; the factor, which depends
-    on all of a row, is part of a later one. (A mean would be: XLA lets a kernel end in a sum and in x * scale
-    at once, but not in what follows from the sum.)
+    on all of a row, is part of a later one. The mean is left to that: XLA ends one kernel in a sum and in
+    x * scale, but not in what follows from the sum.
     """
 
     def __init__(self, config: Config):

@@ -48,8 +48,8 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
 }
 
 // Lets the kernel have all the shared memory that a CTA can have, whatever this call needs of it.
-// The device remembers it, so a thread asks once: the two attributes cost 0.7 us, a launch into a
-// graph 0.5.
+// The device remembers it (until cudaDeviceReset), so a thread asks once: the two attributes cost
+// 0.7 us, a launch into a graph 0.5.
 Status RaiseSharedMemoryLimit(const Config& config, const void* function) {
   if (function == nullptr) return Status::Internal(std::string(config.name) + ": not compiled");
   int device = 0, most = 0;
