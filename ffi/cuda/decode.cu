@@ -7,6 +7,7 @@
 #include "cuda_status.h"
 #include "kernels.h"
 #include "ragged_decode.h"
+#include "tensor_map.h"
 
 namespace w4a16 {
 
@@ -36,7 +37,6 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
       .group_multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + group_size - 1) /
                                                 static_cast<uint64_t>(group_size)),
       .group_shift = shift - 1,
-      .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
       .received_bytes = ReceivedBytes(config.tile_n, config.tile_m, config.split_k),
       .stage_bytes = shared.stage_bytes,
       .team_bytes = shared.team_bytes,
@@ -67,8 +67,7 @@ Status RaiseSharedMemoryLimit(const Config& config, const void* function) {
   return ToStatus(error, config.name);
 }
 
-// `params` is the kernel's one parameter.
-Status LaunchDecode(const Config& config, const void* function, void* params, int64_t ctas,
+Status LaunchDecode(const Config& config, const void* function, void** args, int64_t ctas,
                     int cluster, int shared_bytes, cudaStream_t stream) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -80,25 +79,29 @@ Status LaunchDecode(const Config& config, const void* function, void* params, in
   launch.stream = stream;
   launch.attrs = &attribute;
   launch.numAttrs = cluster > 1 ? 1 : 0;
-  void* args[] = {params};
   return ToStatus(cudaLaunchKernelExC(&launch, function, args), config.name);
 }
 
 }  // namespace
 
-Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream) {
+Status RunDecode(const Problem& p, const Operands& o, const Config& config, const Device& device,
+                 cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return {};
   const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
-  const auto kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
+  const void* function = find(config, p.has_zeros, StageParts(p, config.blocks));
   DecodeParams params = DecodeParamsOf(p, o, config);
+  CUtensorMap x = {};
+  if (device.compute_capability >= 90 && params.x_aligned && p.k > 0) {
+    if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x); !s.ok()) return s;
+  }
   const int64_t ctas = CeilDiv(p.m, config.tile_m) * CeilDiv(p.n, config.tile_n) * config.split_k;
   if (ctas > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": the product needs " +
                                std::to_string(ctas) + " CTAs, more than a grid holds");
   const int shared_bytes = SharedMemoryOfDecode(p, config).total_bytes;
-  const void* function = reinterpret_cast<const void*>(kernel);
   if (Status s = RaiseSharedMemoryLimit(config, function); !s.ok()) return s;
-  return LaunchDecode(config, function, &params, ctas, config.split_k, shared_bytes, stream);
+  void* args[] = {&params, &x};
+  return LaunchDecode(config, function, args, ctas, config.split_k, shared_bytes, stream);
 }
 
 Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, const Config& config,
@@ -124,7 +127,8 @@ Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, co
       !s.ok())
     return s;
   const int64_t ctas = std::min<int64_t>(tiles, int64_t{num_sms} * std::max(ctas_per_sm, 1));
-  return LaunchDecode(config, function, &params, ctas, 1, total_bytes, stream);
+  void* args[] = {&params};
+  return LaunchDecode(config, function, args, ctas, 1, total_bytes, stream);
 }
 
 }  // namespace w4a16

@@ -62,6 +62,7 @@
 #pragma once
 
 #include "decode_stage.cuh"
+#include "ptx_sm90.cuh"
 
 namespace w4a16 {
 
@@ -96,12 +97,14 @@ __host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, int te
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
 class StageLoader {
  public:
-  __device__ __forceinline__ StageLoader(const DecodeParams& p, int n0, int m0, int thread,
-                                         int first, int step)
+  __device__ __forceinline__ StageLoader(const DecodeParams& p, const CUtensorMap& x_map, int n0,
+                                         int m0, int thread, int first, int step)
       : p_(p),
+        x_map_(x_map),
         thread_(thread),
         n0_(n0),
-        rows_(min(p.x_rows, p.m - m0)),
+        m0_(m0),
+        rows_(min(kTileM, p.m - m0)),
         row_blocks_(p.blocks_n - n0 / kBlockN),
         policy_(EvictFirstPolicy()),
         k0_(first * kUnitK),
@@ -117,14 +120,29 @@ class StageLoader {
   }
 
   // Finds the addresses that LoadRest needs: LoadWeights of the first unit comes before it.
-  __device__ __forceinline__ void Prepare(int m0) {
-    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0 + thread_ / kChunks) * p_.k + k0_ +
+  __device__ __forceinline__ void Prepare() {
+    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0_ + thread_ / kChunks) * p_.k + k0_ +
          thread_ % kChunks * 8;
     places_ = FindPlaces(thread_);
-    Hold<kHold>(step_), Hold<kHold>(step_bytes_), Hold<kHold>(x_);
-    Hold<kHold>(places_.x), Hold<kHold>(places_.scales);
-    Hold<kHold>(places_.rows_left), Hold<kHold>(places_.has_scales);
+    Hold<kHold>(step_), Hold<kHold>(step_bytes_);
+    Hold<kHold && !kTensorCopies>(x_), Hold<kHold && !kTensorCopies>(places_.x);
+    Hold<kHold && !kTensorCopies>(places_.rows_left);
+    Hold<kHold>(places_.scales), Hold<kHold>(places_.has_scales);
     FindScales();
+  }
+
+  // Whether x comes by tensor copies, which count at the barriers of stages.
+  __device__ __forceinline__ bool TensorX() const {
+    return kTensorCopies && (!kGeneral || p_.x_aligned);
+  }
+
+  // Makes the barriers of `stages`, before the first copy of x.
+  __device__ __forceinline__ void InitBarriers(uint32_t ring, int stages) const {
+#if __CUDA_ARCH__ >= 900
+    if (thread_ >= 32 || !TensorX() || !ptx::ElectOne()) return;
+    for (int s = 0; s < stages; ++s) ptx::MbarrierInit(StageBarrier(p_, ring + s * p_.stage_bytes), 1);
+    ptx::FenceMbarrierInit();
+#endif
   }
 
   // Starts the copies of a unit: to be committed as one group.
@@ -172,11 +190,17 @@ class StageLoader {
       at = FindPlaces(thread);
     }
     if (kHold && whole) {
-      LoadX(stage, at, true);
+      if constexpr (kTensorCopies) {
+        LoadXTensor(stage);
+      } else {
+        LoadX(stage, at, true);
+      }
       LoadScales(stage, at);
       return;
     }
-    if (!kGeneral || p_.x_aligned) {
+    if (TensorX()) {
+      LoadXTensor(stage);
+    } else if (!kGeneral || p_.x_aligned) {
       LoadX(stage, at, k0_ + thread_ % kChunks * 8 < p_.k);
     } else {
       LoadXUnaligned(stage + kWeightBytes);
@@ -184,7 +208,7 @@ class StageLoader {
     if (!kGeneral || p_.n_aligned) {
       LoadScales(stage, at);
     } else {
-      LoadScalesUnaligned(stage + kWeightBytes + p_.x_rows * XRowBytes(kBlocks));
+      LoadScalesUnaligned(stage + kWeightBytes + XBytes(kTileM, kBlocks));
     }
   }
 
@@ -223,12 +247,24 @@ class StageLoader {
   __device__ __forceinline__ Places FindPlaces(int thread) const {
     const int row = thread / kChunks, chunk = thread % kChunks;
     return {
-        .x = static_cast<uint32_t>(kWeightBytes + row * XRowBytes(kBlocks) + 16 * chunk),
-        .scales =
-            static_cast<uint32_t>(kWeightBytes + p_.x_rows * XRowBytes(kBlocks) + 16 * thread),
+        .x = kWeightBytes + chunk / 8 * XBytes(kTileM, 1) + XChunk(row, chunk % 8),
+        .scales = static_cast<uint32_t>(kWeightBytes + XBytes(kTileM, kBlocks) + 16 * thread),
         .rows_left = rows_ - row,
         .has_scales = HasScaleChunk(thread),
     };
+  }
+
+  // All of the unit's x, zeros for what does not exist.
+  __device__ __forceinline__ void LoadXTensor(uint32_t stage) const {
+#if __CUDA_ARCH__ >= 900
+    if ((kTeam > 1 && thread_ >= 32) || !ptx::ElectOne()) return;
+    const uint32_t barrier = StageBarrier(p_, stage);
+    ptx::MbarrierArriveExpectTx(barrier, XBytes(kTileM, kBlocks));
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+      ptx::TensorLoad2d(stage + kWeightBytes + b * XBytes(kTileM, 1), &x_map_, k0_ + b * kBlockK,
+                        m0_, barrier);
+#endif
   }
 
   // Zeros where `valid` is false.
@@ -236,8 +272,8 @@ class StageLoader {
     const char* x = reinterpret_cast<const char*>(x_);
 #pragma unroll
     for (int i = 0; i < kTileM; i += kPass)
-      CopyAsyncShared(stage + at.x + i * XRowBytes(kBlocks), x + i * row_bytes_, i < at.rows_left,
-                      valid);
+      CopyAsyncShared(((stage + at.x) ^ (i % 8 * 16)) + i * (kBlockK * 2), x + i * row_bytes_,
+                      i < at.rows_left, valid);
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
@@ -248,7 +284,8 @@ class StageLoader {
       uint16_t v = 0;
       if (k0_ + k < p_.k)
         v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
-      StoreShared16(dst + row * XRowBytes(kBlocks) + 2 * k, v);
+      StoreShared16(dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2,
+                    v);
     }
   }
 
@@ -293,7 +330,8 @@ class StageLoader {
   }
 
   const DecodeParams& p_;
-  const int thread_, n0_, rows_, row_blocks_;
+  const CUtensorMap& x_map_;
+  const int thread_, n0_, m0_, rows_, row_blocks_;
   const uint64_t policy_;
   int k0_, step_;
   int whole_k_;  // the last k0_ of a whole unit
@@ -326,12 +364,13 @@ __device__ __forceinline__ void TeamBarrier(int team) {
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
           int kParts>
 __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 * kBlocks), 1)
-    DecodeKernel(const __grid_constant__ DecodeParams p) {
+    DecodeKernel(const __grid_constant__ DecodeParams p,
+                 const __grid_constant__ CUtensorMap x_map) {
   static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
   if (kTuring && kTileN * kTileM > kTuringOutputs) return;  // never launched
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
 
   const int lane = threadIdx.x % 32, thread = threadIdx.x % (32 * kTeam), member = thread / 32;
   const int team = threadIdx.x / (32 * kTeam), num_teams = blockDim.x / (32 * kTeam);
@@ -356,10 +395,11 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   const uint32_t ring_address = partials + team * p.team_bytes;
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
-  StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(p, n0, m0, thread, first,
-                                                                        num_teams);
+  StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(
+      p, x_map, n0, m0, thread, first, num_teams);
   if (first < end) loader.LoadWeights(ring_address, loader.IsWhole());
-  loader.Prepare(m0);
+  loader.InitBarriers(ring_address, kStages);
+  loader.Prepare();
   if (first < end) loader.LoadRest(ring_address, loader.IsWhole());
   CopyAsyncCommit();
 #pragma unroll 1
@@ -369,7 +409,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
     CopyAsyncCommit();
   }
 
-  const int rows = min(p.x_rows, p.m - m0);
+  const int rows = min(kTileM, p.m - m0);
   // Outputs go in quads: 4 columns of one token.
   constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
 #if __CUDA_ARCH__ >= 900
@@ -412,10 +452,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   }
 
   constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks, kTeam>;
-  StageOffsets<kTokenBlocks> offsets = kFindOffsets(p.x_rows, rows, member, lane);
-  Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales);
-#pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j) Hold<kHold>(offsets.x[j]);
+  uint32_t turn = 0;  // units so far
+  StageOffsets offsets = kFindOffsets(member, lane);
+  Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales), Hold<kHold>(offsets.x);
 
   float acc[kRowBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
@@ -423,13 +462,16 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   for (int unit = first; unit < end; unit += step) {
     CopyAsyncWait<kStages - 1>();
     TeamBarrier<kTeam>(team);  // invariant 1
+#if __CUDA_ARCH__ >= 900
+    if (loader.TensorX()) ptx::MbarrierWait(StageBarrier(p, stage), turn++ / kStages % 2);
+#endif
     if constexpr (kHold) loader.Advance();
     if constexpr (!kHold && kTileN * kTileM / kTeam > 112 * 16) {  // few registers are left
       int l = lane;
       Hold<true>(l);
-      offsets = kFindOffsets(p.x_rows, rows, member, l);
+      offsets = kFindOffsets(member, l);
     }
-    MultiplyStage<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, offsets, acc);
+    MultiplyStage<T, kTileN, kTileM, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, offsets, acc);
     TeamBarrier<kTeam>(team);  // invariants 2 and 3
     if constexpr (!kHold) loader.Advance();
     if (unit + kStages * step < end) loader.Load(stage);
@@ -507,16 +549,17 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
-DecodeKernelPointer KernelForParts(int parts) {
+const void* KernelForParts(int parts) {
   constexpr int kMost = 2 * kBlocks;
-  if (parts == 1) return DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 1>;
+  auto kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 2>;
+  if (parts == 1) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 1>;
   if (parts == kMost)
-    return DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kMost>;
-  return DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 2>;
+    kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kMost>;
+  return reinterpret_cast<const void*>(kernel);
 }
 
 template <typename T>
-DecodeKernelPointer FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
+const void* FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
 #define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                             \
   static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, TEAM, true)) && WARPS % TEAM == 0 && \
                 SPLIT * 4 <= N && (SPLIT & (SPLIT - 1)) == 0);                                  \

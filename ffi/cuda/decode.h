@@ -21,7 +21,6 @@ struct DecodeParams {
   uint32_t group_multiplier;  // k / group_size == (k * group_multiplier) >> (32 + group_shift)
   int group_shift;
   // Shared memory:
-  int x_rows;  // rows of x that a stage holds: min(M, tile_m)
   int received_bytes;
   int stage_bytes;  // one team's stage
   int team_bytes;   // one team's ring of stages, later its partial tile
@@ -31,15 +30,14 @@ struct DecodeParams {
   float alpha;
 };
 
-using DecodeKernelPointer = void (*)(DecodeParams);
-
 // Of a CTA on Turing, at most, warps and outputs of a tile: for want of asynchronous copies its
 // registers hold what is on the way.
 inline constexpr int kTuringWarps = 8, kTuringOutputs = 1024;
 
-// A row of x in a stage: 16 bytes apart from a multiple of 128, so that ldmatrix finds the rows of
-// 8 tokens in different banks.
-W4A16_HD constexpr int XRowBytes(int blocks) { return blocks * kBlockK * 2 + 16; }
+// The rows of x in a stage: for every block of K tile_m rows of 128 bytes. The 16-byte chunk c of row
+// r lies at c ^ (r % 8), the 128-byte swizzle of tensor copies, so that ldmatrix finds the rows of 8
+// tokens in different banks.
+W4A16_HD constexpr int XBytes(int tile_m, int blocks) { return blocks * tile_m * kBlockK * 2; }
 
 // Equal parts of a stage, each in one group: as few as the group size allows. Where rows of x,
 // scales or zeros are not aligned to 16 bytes it is the most, so that only those kernels need the
@@ -63,34 +61,38 @@ W4A16_HD constexpr int QuadsShare(int tile_n, int split_k) {
 
 // Shared memory of a CTA:
 //   barrier | sums received from the cluster (both for split_k > 1) | teams x ring
-//   ring = stages x (weights | x rows | scales | zeros); later the partial tile
+//   ring = stages x (weights | x | scales | zeros | barrier); later the partial tile
 struct DecodeSharedMemory {
   int stage_bytes, team_bytes, total_bytes;
 };
 
 inline constexpr int kBarrierBytes = 16;
 
-// Stages and all that lies between begin at multiples of 128 bytes.
-W4A16_HD constexpr int Align128(int bytes) { return (bytes + 127) / 128 * 128; }
+// The last of a stage: the mbarrier that counts the bytes of x.
+inline constexpr int kStageBarrierBytes = 8;
+
+// Stages and all that lies between begin at multiples of 1,024 bytes, after which the swizzle
+// repeats.
+W4A16_HD constexpr int Align1024(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
   const int sums = split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
-  return split_k == 1 ? 0 : Align128(kBarrierBytes + sums);
+  return split_k == 1 ? 0 : Align1024(kBarrierBytes + sums);
 }
 
 constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {
-  const int x_rows = p.m < c.tile_m ? static_cast<int>(p.m) : c.tile_m;
   const int scale_rows = StageParts(p, c.blocks) * (p.has_zeros ? 2 : 1);
-  const int stage = Align128(c.blocks * c.tile_n / kBlockN * kBlockBytes +
-                             x_rows * XRowBytes(c.blocks) + scale_rows * c.tile_n * 2);
+  const int stage =
+      Align1024(c.blocks * c.tile_n / kBlockN * kBlockBytes + XBytes(c.tile_m, c.blocks) +
+                scale_rows * c.tile_n * 2 + kStageBarrierBytes);
   const int ring = c.stages * stage;
-  const int partial = Align128(c.tile_m * PartialStride(c.tile_n) * 4);
+  const int partial = Align1024(c.tile_m * PartialStride(c.tile_n) * 4);
   const int team = ring > partial ? ring : partial;
   return {stage, team, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps / c.team * team};
 }
 
 // The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu).
-DecodeKernelPointer FindDecodeKernelF16(const Config& config, bool has_zeros, int parts);
-DecodeKernelPointer FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts);
+const void* FindDecodeKernelF16(const Config& config, bool has_zeros, int parts);
+const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts);
 
 }  // namespace w4a16

@@ -2,7 +2,7 @@
 
 namespace w4a16 {
 
-DecodeKernelPointer FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts) {
+const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts) {
   return FindDecodeKernel<__nv_bfloat16>(config, has_zeros, parts);
 }
 

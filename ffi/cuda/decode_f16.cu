@@ -2,7 +2,7 @@
 
 namespace w4a16 {
 
-DecodeKernelPointer FindDecodeKernelF16(const Config& config, bool has_zeros, int parts) {
+const void* FindDecodeKernelF16(const Config& config, bool has_zeros, int parts) {
   return FindDecodeKernel<__half>(config, has_zeros, parts);
 }
 

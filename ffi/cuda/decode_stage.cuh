@@ -16,6 +16,18 @@ inline constexpr bool kTuring = true;
 inline constexpr bool kTuring = false;
 #endif
 
+// Whether x comes by tensor copies.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr bool kTensorCopies = true;
+#else
+inline constexpr bool kTensorCopies = false;
+#endif
+
+// A stage's mbarrier.
+__device__ __forceinline__ uint32_t StageBarrier(const DecodeParams& p, uint32_t stage) {
+  return stage + p.stage_bytes - kStageBarrierBytes;
+}
+
 __host__ __device__ constexpr int CeilLog2(int v) { return v > 1 ? 1 + CeilLog2((v + 1) / 2) : 0; }
 
 template <typename T>
@@ -29,33 +41,34 @@ __host__ __device__ constexpr bool UsesAffineCodes(int rows, int tile_m, bool ze
   return zeros || rows > 2 * tile_m;
 }
 
+// Where chunk `chunk` < 8 of 16 bytes of row `row` lies in a block of K of a stage's x.
+__device__ __forceinline__ uint32_t XChunk(uint32_t row, uint32_t chunk) {
+  return row * (kBlockK * 2) + (chunk ^ row % 8) * 16;
+}
+
 // Where a lane finds its operands in a stage.
-template <int kTokenBlocks>
 struct StageOffsets {
-  uint32_t words, scales, x[kTokenBlocks];
+  uint32_t words, scales, x;
 };
 
-// Those of a warp, the team's `member`. What stands for a token beyond `rows` matters to no other.
-template <int kTileN, int kTileM, int kBlocks, int kTeam>
-__device__ __forceinline__ StageOffsets<kTileM / 8> FindOffsets(int x_rows, int rows, int member,
-                                                                int lane) {
+// Those of a warp, the team's `member`. What stands for a token that does not exist matters to no
+// other.
+template <int kTileN, int kXRows, int kBlocks, int kTeam>
+__device__ __forceinline__ StageOffsets FindOffsets(int member, uint32_t lane) {
   constexpr int kRows = kTileN / kTeam;  // of the warp
   constexpr int kWeightBytes = kBlocks * (kTileN / kBlockN) * kBlockBytes;
-  StageOffsets<kTileM / 8> at = {
-      .words = member * (kRows / kBlockN * kBlockBytes) + 16u * lane,
-      .scales = kWeightBytes + x_rows * XRowBytes(kBlocks) + 2 * (member * kRows + lane / 4u),
+  return {
+      .words = member * (kRows / kBlockN * kBlockBytes) + 16 * lane,
+      .scales = kWeightBytes + XBytes(kXRows, kBlocks) + 2 * (member * kRows + lane / 4),
+      .x = kWeightBytes + XChunk(lane % 8, lane / 8),
   };
-#pragma unroll
-  for (int j = 0; j < kTileM / 8; ++j)
-    at.x[j] = kWeightBytes + min(8 * j + lane % 8, rows - 1) * XRowBytes(kBlocks) + 16 * (lane / 8);
-  return at;
 }
 
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
-template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
-__device__ __forceinline__ void MultiplyStage(uint32_t stage,
-                                              const StageOffsets<kTileM / 8>& offsets,
+template <typename T, int kTileN, int kTileM, int kXRows, int kBlocks, int kTeam, bool kZeros,
+          int kParts>
+__device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets& offsets,
                                               float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
@@ -69,6 +82,8 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage,
   constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
                                  D::InverseStep(1)};
   const uint32_t words_address = stage + offsets.words, scale_address = stage + offsets.scales;
+  // Of the first and the second half of a block: the swizzle takes chunk c + 4 to c ^ 4.
+  const uint32_t x_addresses[2] = {stage + offsets.x, (stage + offsets.x) ^ 64};
 
   // Parts are outermost, so that x and its sums live for one part alone.
 #pragma unroll
@@ -80,7 +95,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage,
       for (int s = 0; s < kSteps; s += 2) {
         const int i = (part * kSteps + s) / 2;
         uint32_t v[4];
-        LoadMatrix4(stage + offsets.x[j] + 64 * i, v);
+        LoadMatrix4(x_addresses[i % 2] + (i / 2 * kXRows + 8 * j) * (kBlockK * 2), v);
         x[j][s][0] = v[0], x[j][s][1] = v[1];
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }

@@ -39,7 +39,7 @@ Status RunCuda(const Problem& p, const Operands& o, const Config* config, cudaSt
                            std::to_string(o.workspace_bytes));
   switch (config->family) {
     case Family::kDecode:
-      return RunDecode(p, o, *config, stream);
+      return RunDecode(p, o, *config, device, stream);
     case Family::kWgmma:
       return RunWgmma(p, o, *config, stream);
     case Family::kPersistent:

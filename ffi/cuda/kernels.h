@@ -9,7 +9,8 @@
 
 namespace w4a16 {
 
-Status RunDecode(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream);
+Status RunDecode(const Problem& p, const Operands& o, const Config& config, const Device& device,
+                 cudaStream_t stream);
 Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaStream_t stream);
 Status RunPersistent(const Problem& p, const Operands& o, const Config& config, int num_sms,
                      cudaStream_t stream);

@@ -151,6 +151,16 @@ __device__ inline void TensorLoad2d(uint32_t shared, const CUtensorMap* map, int
       : "memory");
 }
 
+// The same, its data to stay in L2 as others do.
+__device__ inline void TensorLoad2d(uint32_t shared, const CUtensorMap* map, int inner, int outer,
+                                    uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+      "l"(map), "r"(inner), "r"(outer), "r"(barrier)
+      : "memory");
+}
+
 // The same of a tensor of three dimensions.
 __device__ inline void TensorLoad3d(uint32_t shared, const CUtensorMap* map, int inner, int middle,
                                     int outer, uint32_t barrier, uint64_t policy) {

@@ -78,7 +78,7 @@ class UnitLoader {
   // From here on, units of this tile.
   __device__ __forceinline__ void Start(int n0, int m0, int first) {
     n0_ = n0;
-    rows_ = min(p_.x_rows, p_.m - m0);
+    rows_ = min(kTileM, p_.m - m0);
     row_blocks_ = p_.blocks_n - n0 / kBlockN;
     whole_tile_ = row_blocks_ >= kTileBlocks;
     k0_ = first * kUnitK;
@@ -92,7 +92,7 @@ class UnitLoader {
   __device__ __forceinline__ void Load(uint32_t stage) {
     LoadWeights(stage);
     const uint32_t x_stage = stage + kBlocks * kTileBlocks * kBlockBytes;
-    const uint32_t scale_stage = x_stage + p_.x_rows * XRowBytes(kBlocks);
+    const uint32_t scale_stage = x_stage + XBytes(kTileM, kBlocks);
     if (!kGeneral || p_.x_aligned) {
       LoadX(x_stage);
     } else {
@@ -142,16 +142,16 @@ class UnitLoader {
     constexpr int kPass = kThreads / kChunks;  // rows copied at a time
     const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
     const char* x = reinterpret_cast<const char*>(x_);
-    dst += row * XRowBytes(kBlocks) + 16 * chunk;
+    dst += chunk / 8 * XBytes(kTileM, 1) + XChunk(row, chunk % 8);
     if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
 #pragma unroll
       for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
-        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, true, true);
+        CopyAsyncShared((dst ^ (i * kPass % 8 * 16)) + i * kPass * (kBlockK * 2), x, true, true);
     } else {
       const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
 #pragma unroll
       for (int i = 0; i * kPass < kTileM; ++i, x += pass_bytes)
-        CopyAsyncShared(dst + i * kPass * XRowBytes(kBlocks), x, i * kPass + row < rows_, valid);
+        CopyAsyncShared((dst ^ (i * kPass % 8 * 16)) + i * kPass * (kBlockK * 2), x, i * kPass + row < rows_, valid);
     }
   }
 
@@ -163,7 +163,7 @@ class UnitLoader {
       uint16_t v = 0;
       if (k0_ + k < p_.k)
         v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
-      StoreShared16(dst + row * XRowBytes(kBlocks) + 2 * k, v);
+      StoreShared16(dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2, v);
     }
   }
 
@@ -273,15 +273,14 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
   const DecodeParams& p = params.decode;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int rows = min(kTokens, at.end - at.m0);
-  const StageOffsets<kTokenBlocks> offsets =
-      FindOffsets<kTileN, kTokens, kBlocks, 1>(p.x_rows, rows, 0, lane);
+  const StageOffsets offsets = FindOffsets<kTileN, kTileM, kBlocks, 1>(0, lane);
   float acc[kTileBlocks][kTokenBlocks][4] = {};
   const uint32_t ring_end = ring + kStages * p.stage_bytes;
 #pragma unroll 1
   for (; unit < p.units; unit += warps) {
     CopyAsyncWait<kStages - 1>();
     __syncwarp();
-    MultiplyStage<T, kTileN, kTokens, kBlocks, 1, kZeros, kParts>(stage, offsets, acc);
+    MultiplyStage<T, kTileN, kTokens, kTileM, kBlocks, 1, kZeros, kParts>(stage, offsets, acc);
     __syncwarp();
     stream.Load(stage);
     stage = stage + p.stage_bytes == ring_end ? ring : stage + p.stage_bytes;
@@ -361,7 +360,7 @@ __global__ void __launch_bounds__(kRaggedThreads, 1)
     RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
   static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0 && kTileM <= 32);
   if (kTuring && kTileN * kTileM > kTuringOutputs) return;  // never launched
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   const DecodeParams& p = params.decode;
   const ExpertParams& e = params.experts;
   ExpertEnd* const table = reinterpret_cast<ExpertEnd*>(shared);
