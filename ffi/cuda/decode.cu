@@ -37,6 +37,7 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
       .group_multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + group_size - 1) /
                                                 static_cast<uint64_t>(group_size)),
       .group_shift = shift - 1,
+      .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
       .received_bytes = ReceivedBytes(config.tile_n, config.tile_m, config.split_k),
       .stage_bytes = shared.stage_bytes,
       .team_bytes = shared.team_bytes,
@@ -92,7 +93,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cons
   DecodeParams params = DecodeParamsOf(p, o, config);
   CUtensorMap x = {};
   if (device.compute_capability >= 90 && params.x_aligned && p.k > 0) {
-    if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &x); !s.ok()) return s;
+    if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, params.x_rows, &x); !s.ok()) return s;
   }
   const int64_t ctas = CeilDiv(p.m, config.tile_m) * CeilDiv(p.n, config.tile_n) * config.split_k;
   if (ctas > INT_MAX)

@@ -119,7 +119,8 @@ class StageLoader {
     Hold<kHold>(k0_), Hold<kHold>(whole_k_), Hold<kHold>(weights_);
   }
 
-  // Finds the addresses that LoadRest needs: LoadWeights of the first unit comes before it.
+  // Finds the addresses that LoadX and LoadScales need: LoadWeights of the first unit comes before
+  // it.
   __device__ __forceinline__ void Prepare() {
     x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0_ + thread_ / kChunks) * p_.k + k0_ +
          thread_ % kChunks * 8;
@@ -147,13 +148,14 @@ class StageLoader {
 
   // Starts the copies of a unit: to be committed as one group.
   __device__ __forceinline__ void Load(uint32_t stage) const {
-    if (IsWhole()) {
-      LoadWeights(stage, true);
-      LoadRest(stage, true);
+    const bool whole = IsWhole();
+    LoadWeights(stage, whole);
+    if (TensorX()) {
+      LoadXTensor(stage, k0_);
     } else {
-      LoadWeights(stage, false);
-      LoadRest(stage, false);
+      LoadX(stage, whole);
     }
+    LoadScales(stage);
   }
 
   // All of the unit's weights and K exist, and rows of x and scales are aligned: then copies have
@@ -182,31 +184,31 @@ class StageLoader {
     }
   }
 
-  __device__ __forceinline__ void LoadRest(uint32_t stage, bool whole) const {
-    Places at = places_;
-    if constexpr (!kHold) {
-      int thread = thread_;
-      Hold<true>(thread);  // else the compiler holds what follows from it
-      at = FindPlaces(thread);
-    }
-    if (kHold && whole) {
-      if constexpr (kTensorCopies) {
-        LoadXTensor(stage);
-      } else {
-        LoadX(stage, at, true);
-      }
-      LoadScales(stage, at);
-      return;
-    }
-    if (TensorX()) {
-      LoadXTensor(stage);
-    } else if (!kGeneral || p_.x_aligned) {
-      LoadX(stage, at, k0_ + thread_ % kChunks * 8 < p_.k);
+  // All of x of the unit at k, by tensor copies; zeros for what does not exist.
+  __device__ __forceinline__ void LoadXTensor(uint32_t stage, int k) const {
+#if __CUDA_ARCH__ >= 900
+    if ((kTeam > 1 && thread_ >= 32) || !ptx::ElectOne()) return;
+    const uint32_t barrier = StageBarrier(p_, stage);
+    ptx::MbarrierArriveExpectTx(barrier, XBytes(p_.x_rows, kBlocks));
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+      ptx::TensorLoad2d(stage + kWeightBytes + b * XBytes(kTileM, 1), &x_map_, k + b * kBlockK, m0_,
+                        barrier);
+#endif
+  }
+
+  // The same without them.
+  __device__ __forceinline__ void LoadX(uint32_t stage, bool whole) const {
+    if (!kGeneral || p_.x_aligned) {
+      CopyX(stage, PlacesNow(), (kHold && whole) || k0_ + thread_ % kChunks * 8 < p_.k);
     } else {
       LoadXUnaligned(stage + kWeightBytes);
     }
+  }
+
+  __device__ __forceinline__ void LoadScales(uint32_t stage) const {
     if (!kGeneral || p_.n_aligned) {
-      LoadScales(stage, at);
+      CopyScales(stage, PlacesNow());
     } else {
       LoadScalesUnaligned(stage + kWeightBytes + XBytes(kTileM, kBlocks));
     }
@@ -254,21 +256,15 @@ class StageLoader {
     };
   }
 
-  // All of the unit's x, zeros for what does not exist.
-  __device__ __forceinline__ void LoadXTensor(uint32_t stage) const {
-#if __CUDA_ARCH__ >= 900
-    if ((kTeam > 1 && thread_ >= 32) || !ptx::ElectOne()) return;
-    const uint32_t barrier = StageBarrier(p_, stage);
-    ptx::MbarrierArriveExpectTx(barrier, XBytes(kTileM, kBlocks));
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-      ptx::TensorLoad2d(stage + kWeightBytes + b * XBytes(kTileM, 1), &x_map_, k0_ + b * kBlockK,
-                        m0_, barrier);
-#endif
+  __device__ __forceinline__ Places PlacesNow() const {
+    if constexpr (kHold) return places_;
+    int thread = thread_;
+    Hold<true>(thread);  // else the compiler holds what follows from it
+    return FindPlaces(thread);
   }
 
   // Zeros where `valid` is false.
-  __device__ __forceinline__ void LoadX(uint32_t stage, const Places& at, bool valid) const {
+  __device__ __forceinline__ void CopyX(uint32_t stage, const Places& at, bool valid) const {
     const char* x = reinterpret_cast<const char*>(x_);
 #pragma unroll
     for (int i = 0; i < kTileM; i += kPass)
@@ -312,7 +308,7 @@ class StageLoader {
     if constexpr (kHold) scales_ = ScaleChunk(thread_);
   }
 
-  __device__ __forceinline__ void LoadScales(uint32_t stage, const Places& at) const {
+  __device__ __forceinline__ void CopyScales(uint32_t stage, const Places& at) const {
     const uint32_t dst = stage + at.scales;
     if constexpr (kHold) CopyAsync(dst, scales_, at.has_scales != 0);
 #pragma unroll
@@ -372,6 +368,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
   extern __shared__ __align__(1024) char shared[];
 
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) ptx::PrefetchTensorMap(&x_map);
+#endif
   const int lane = threadIdx.x % 32, thread = threadIdx.x % (32 * kTeam), member = thread / 32;
   const int team = threadIdx.x / (32 * kTeam), num_teams = blockDim.x / (32 * kTeam);
   const int log2_split = p.log2_split_k, split = 1 << log2_split;
@@ -398,15 +397,25 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(
       p, x_map, n0, m0, thread, first, num_teams);
   if (first < end) loader.LoadWeights(ring_address, loader.IsWhole());
-  loader.InitBarriers(ring_address, kStages);
   loader.Prepare();
-  if (first < end) loader.LoadRest(ring_address, loader.IsWhole());
-  CopyAsyncCommit();
-#pragma unroll 1
-  for (int s = 1; s < kStages; ++s) {
-    loader.Advance();
-    if (first + s * num_teams < end) loader.Load(ring_address + s * p.stage_bytes);
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) {
+    const uint32_t stage = ring_address + s * p.stage_bytes;
+    if (s > 0) loader.Advance();
+    if (first + s * num_teams < end) {
+      if (s > 0) loader.LoadWeights(stage, loader.IsWhole());
+      if (!loader.TensorX()) loader.LoadX(stage, loader.IsWhole());
+      loader.LoadScales(stage);
+    }
     CopyAsyncCommit();
+  }
+  if (loader.TensorX()) {  // which comes sooner than weights
+    loader.InitBarriers(ring_address, kStages);
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      const int unit = first + s * num_teams;
+      if (unit < end) loader.LoadXTensor(ring_address + s * p.stage_bytes, unit * kBlocks * kBlockK);
+    }
   }
 
   const int rows = min(kTileM, p.m - m0);
@@ -434,7 +443,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   // it finds the first, and what leads from one of two stages to the other, before it waits for
   // copies.
   constexpr int kStride = PartialStride(kTileN);
-  constexpr bool kHoldMore = kHold && kTileM == 8;
+  constexpr bool kHoldMore = kHold && kTileN * kTileM / kTeam <= 64 * 16;
   auto find_quad = [&](int idx) {
     const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
     const int n = n0 + 4 * quad;

@@ -21,6 +21,7 @@ struct DecodeParams {
   uint32_t group_multiplier;  // k / group_size == (k * group_multiplier) >> (32 + group_shift)
   int group_shift;
   // Shared memory:
+  int x_rows;  // rows of x that are copied: min(M, tile_m)
   int received_bytes;
   int stage_bytes;  // one team's stage
   int team_bytes;   // one team's ring of stages, later its partial tile
