@@ -64,6 +64,27 @@ __device__ __forceinline__ StageOffsets FindOffsets(int member, uint32_t lane) {
   };
 }
 
+// sum(x) of 8 tokens over Dequantizer's step, as accumulators hold it: of token lane % 4 * 2 + i % 2
+// at the step of row half i / 2. x is operand B of kSteps mma steps. As operand A, that of two steps
+// has a token in every row and half of K in rows 0 .. 7 and 8 .. 15, so that one mma sums both.
+template <typename T, int kSteps>
+__device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], float (&sum)[4]) {
+  using D = Dequantizer<T>;
+  static_assert(kSteps % 2 == 0);
+  float rows[4] = {};
+#pragma unroll
+  for (int s = 0; s < kSteps; s += 2) {
+    const uint32_t a[4] = {x[s][0], x[s][1], x[s + 1][0], x[s + 1][1]};
+    Mma<T>(rows, a, D::InverseStep(0), D::InverseStep(0), rows);
+  }
+  const float token = rows[0] + rows[2];  // lane / 4
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sum[i] = __shfl_sync(0xffffffff, token, threadIdx.x % 4 * 8 + 4 * i);
+    sum[2 + i] = sum[i] * (D::Step(0) / D::Step(1));
+  }
+}
+
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
 template <typename T, int kTileN, int kTileM, int kXRows, int kBlocks, int kTeam, bool kZeros,
@@ -76,11 +97,9 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
   constexpr int kSteps = 4 * kBlocks / kParts;     // mma steps in a part
   constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
-  // independent chains run abreast: kRows row blocks, kChains each, and at first the sums.
+  // independent chains run abreast: kRows row blocks, kChains each.
   constexpr int kRows = 2;
   constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
-  constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
-                                 D::InverseStep(1)};
   const uint32_t words_address = stage + offsets.words, scale_address = stage + offsets.scales;
   // Of the first and the second half of a block: the swizzle takes chunk c + 4 to c ^ 4.
   const uint32_t x_addresses[2] = {stage + offsets.x, (stage + offsets.x) ^ 64};
@@ -100,7 +119,15 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
-    float sum[kTokenBlocks][kChains][4] = {}, minus[kTokenBlocks][4];
+    float sum[kTokenBlocks][4], minus[kTokenBlocks][4];
+    if constexpr (kAffine) {
+#pragma unroll
+      for (int j = 0; j < kTokenBlocks; ++j) {
+        SumTokens<T>(x[j], sum[j]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) minus[j][i] = -(kSymmetricZero + D::kOffset) * sum[j][i];
+      }
+    }
 #pragma unroll
     for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
       constexpr int kWords = kSteps < 4 ? kSteps : 4;  // read at a time
@@ -120,11 +147,6 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-        for (int j = 0; j < kTokenBlocks; ++j) {
-          if (kAffine && r0 == 0)
-            Mma<T>(sum[j][s % kChains], kOnes, x[j][s][0], x[j][s][1], sum[j][s % kChains]);
-        }
-#pragma unroll
         for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
           uint32_t a[4];
           if constexpr (kAffine) {
@@ -139,12 +161,6 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         }
       }
 #pragma unroll
-      for (int i = 0; kAffine && r0 == 0 && i < kTokenBlocks * 4; ++i) {
-        float& of = sum[i / 4][0][i % 4];
-        if constexpr (kChains == 2) of += sum[i / 4][1][i % 4];
-        minus[i / 4][i % 4] = -(kSymmetricZero + D::kOffset) * of;
-      }
-#pragma unroll
       for (int i = 0; i < 2 * kRows && r0 + i / 2 < kRowBlocks; ++i) {
         const int r = i / 2, half = i % 2;
         const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
@@ -157,7 +173,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
           for (int c = 2 * half; c < 2 * half + 2; ++c) {
             float v = partial[r][0][j][c];
             if constexpr (kChains == 2) v += partial[r][1][j][c];
-            if (kAffine && !begun) v = kZeros ? fmaf(-zero, sum[j][0][c], v) : v + minus[j][c];
+            if (kAffine && !begun) v = kZeros ? fmaf(-zero, sum[j][c], v) : v + minus[j][c];
             acc[r0 + r][j][c] = fmaf(scale, v, acc[r0 + r][j][c]);
           }
         }
