@@ -77,7 +77,6 @@ nb::list Configs() {
     entry["tile_m"] = c.tile_m;
     entry["blocks"] = c.blocks;
     entry["warps"] = c.warps;
-    entry["team"] = c.team;
     entry["stages"] = c.stages;
     entry["split_k"] = c.split_k;
     entry["teams"] = c.teams;

@@ -13,16 +13,15 @@ constexpr Config kConfigs[] = {
 #define W4A16_COSTS(START, STEP, TILE, FILL, ...)               \
   .start_us = START##f, .step_ns = STEP##f, .tile_us = TILE##f, \
   .fill = FILL##f __VA_OPT__(, .resident = __VA_ARGS__)
-#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                          \
-  {.name = "decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_t" #TEAM "_s" #STAGES "_k" #SPLIT, \
-   .family = Family::kDecode,                                                                \
-   .tile_n = N,                                                                              \
-   .tile_m = M,                                                                              \
-   .blocks = BLOCKS,                                                                         \
-   .warps = WARPS,                                                                           \
-   .team = TEAM,                                                                             \
-   .stages = STAGES,                                                                         \
-   .split_k = SPLIT,                                                                         \
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, STAGES, SPLIT, ...)                     \
+  {.name = "decode_" #N "x" #M "_b" #BLOCKS "_w" #WARPS "_s" #STAGES "_k" #SPLIT, \
+   .family = Family::kDecode,                                                     \
+   .tile_n = N,                                                                   \
+   .tile_m = M,                                                                   \
+   .blocks = BLOCKS,                                                              \
+   .warps = WARPS,                                                                \
+   .stages = STAGES,                                                              \
+   .split_k = SPLIT,                                                              \
    W4A16_COSTS(__VA_ARGS__)},
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, TEAMS, ...)                           \
   {.name = TEAMS > 1 ? "wgmma_" #N "x" #M "_s" #STAGES "_k" #SPLIT "_t" #TEAMS \

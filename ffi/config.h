@@ -27,8 +27,7 @@ struct Config {
   int tile_n;
   int tile_m;
   int blocks = 0;     // decode: blocks of K in a stage
-  int warps = 0;      // decode: warps of a CTA; teams of them share a tile's K,
-  int team = 1;       // a team's warps share its N
+  int warps = 0;      // decode: warps of a CTA, which share a tile's K
   int stages = 0;     // depth of the pipeline (0: chosen by CUTLASS)
   int split_k = 1;    // CTAs (a cluster) that share a tile's K, summed in fixed order
   int teams = 1;      // wgmma: of warps of a CTA, which take its stages in turn

@@ -161,7 +161,7 @@ AMPERE = _config.Device("another GPU", 80, 108)
         (AMPERE, 257, {}, True),
         (AMPERE, 4096, {"n": 512}, False),
         (AMPERE, 4096, {"batch_invariant": True}, False),
-        (AMPERE, 4096, {"config": "decode_32x16_b2_w4_t1_s2_k1"}, False),
+        (AMPERE, 4096, {"config": "decode_32x16_b2_w4_s2_k1"}, False),
         (H200, 4096, {}, False),
         (None, 4096, {}, False),
     ],

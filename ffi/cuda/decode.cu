@@ -40,7 +40,7 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
       .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
       .received_bytes = ReceivedBytes(config.tile_n, config.tile_m, config.split_k),
       .stage_bytes = shared.stage_bytes,
-      .team_bytes = shared.team_bytes,
+      .warp_bytes = shared.warp_bytes,
       .x_aligned = p.k % 8 == 0,
       .n_aligned = p.n % 8 == 0,
       .out_float32 = p.out_dtype == W4A16_F32,

@@ -6,31 +6,35 @@
 //
 //             tokens                    K (units of kBlocks blocks of 64)
 //            +-------+              +----+----+----+----+----+----+----+----+
-//   tile_n   |       |     tile_n   | t0 | t1 | t2 | t3 | t0 | t1 | t2 | t3 |   a CTA's share of K
+//   tile_n   |       |     tile_n   | w0 | w1 | w2 | w3 | w0 | w1 | w2 | w3 |   a CTA's share of K
 //   (N)      |  CTA  |  =  (N)      |    |    |    |    |    |    |    |    |   (1 / split_k of it)
 //            +-------+              +----+----+----+----+----+----+----+----+
 //             tile_m                   |
-//                                      v  one stage of team t0's private ring of kStages
-//   weights: per block of K, tile_n/16 x 512 B (lane l reads 16 bytes of each) | x: rows of a unit,
-//   16 bytes apart | scales, then zeros: kParts rows of tile_n
+//                                      v  one stage of warp w0's private ring of kStages
+//   weights: per block of K, tile_n/16 x 512 B (lane l reads 16 bytes of each) | x: per block,
+//   tile_m x 128 B, swizzled | scales, then zeros: kParts rows of tile_n | barrier of x
 //
-// A team of kTeam warps, mostly one, owns a ring and every teams-th unit of its CTA's share; its
-// warps share x and have a part of the tile's rows each. No CTA barrier in the loop. A unit has
-// kParts equal parts, each within one group. A part's products accumulate in float32 from zero,
+// A warp owns a ring and every warps-th unit of its CTA's share. No CTA barrier in the loop. A unit
+// has kParts equal parts, each within one group. A part's products accumulate in float32 from zero,
 // then partial * scale is added to the total. With affine codes (dequant.cuh) A holds
-// (code + offset) / step, and sum(x) of the part comes from one more mma whose A is 1 / step
-// throughout:    sum x (code - zero) / step  =  sum(x a) - (zero + offset) * sum(x / step);
+// (code + offset) / step, and sum(x) of the part comes from mma as well (SumTokens):
+//   sum x (code - zero) / step  =  sum(x a) - (zero + offset) * sum(x / step);
 // the totals are multiplied by step at the end.
 //
 // What the speed hangs on (H200, measured): CTAs of equal work, one or two to an SM, hence tiles of
 // any multiple of 16; stages that begin at multiples of 128 bytes (else up to 13% slower); and few
 // instructions, because some 8 warps an SM hide little latency, while more than about 64 KB in
 // flight an SM cost time again. Addresses held in registers, found between products, took 0 to 6%
-// off. Copies of x that pass by L1 were 10 to 17% slower at M = 8 and 16, weights not marked
-// evict-first 2 to 5% at M = 1. Bulk copies of weights and scales were never faster, nor were
-// shifts of the codes by multiplying, nor all of a stage read and refilled before its first
-// product, nor weights loaded to registers, nor another order of K in every CTA, nor tiles of up to
-// 448 rows in clusters of 4 and 8.
+// off, weights not marked evict-first cost 2 to 5% at M = 1. Bulk copies of weights and scales were
+// never faster, nor were shifts of the codes by multiplying, nor all of a stage read and refilled
+// before its first product, nor weights loaded to registers, nor another order of K in every CTA,
+// nor tiles of up to 448 rows in clusters of 4 and 8, nor three stages, nor predicates in place of
+// a branch for units that are not whole.
+//
+// x comes by tensor copies on Hopper: one lane asks for what took the load unit 26 cycles for 512
+// bytes, of weights 7, because rows of x go through L1. At M = 16 that took 3 to 12% off, at M = 8
+// up to 4, at M = 1 nothing. A box of more rows than there are costs 5 to 20% (M = 1), x asked for
+// before the first weights 2 to 8, all of a CTA's x fetched at its start up to 40.
 //
 // Nothing hides what a CTA does after its last copy has come: at 4096 x 4096, M = 1, it was 0.8 of
 // 4.7 us. Sums of 8 quads at a time, and addresses found while the first copies were under
@@ -38,9 +42,9 @@
 // nothing meanwhile, so that their instructions are in the cache, cost 3 to 10%. A bias loaded as
 // the warps meet costs 0.5%; loaded after that 2.5, at the start (and converted there) 5.
 //
-// What limits M = 16 is the products: 8192 x 8192 takes 9.0 us with every copy left out and 12.1
-// with the weights in L2, of 12.6 (memory: 9.1). One more mma costs its scheduler about 6 cycles of
-// the 27 in which memory brings 16 x 16 codes, and M = 16 needs two for these, and some for sums.
+// What limits M = 16 is the products: at 8192 x 28672 warps mostly wait for the tensor cores, which
+// are busy for half of the time, or for another's instruction, and hardly for memory. Two tokens'
+// sums by one mma took 1 to 4% off. 9 rows take as long as 16, so it is not the copies of x.
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit
@@ -49,16 +53,19 @@
 // and n_aligned choose slower copies.
 //
 // Synchronisation invariants
-//  1. A thread reads a stage only after its own cp.async.wait_group for that stage and then its
-//     team's barrier: each thread waits for its own copies, the barrier joins them.
-//  2. A stage is refilled only after a team barrier that follows every thread's last read of it.
-//  3. A team stores its partial tile over its own ring alone, after its last read (a team barrier).
+//  1. A lane reads a stage only after its own cp.async.wait_group for that stage and then
+//     __syncwarp: each lane waits for its own copies, the barrier joins them. x that comes by
+//     tensor copies it reads after the phase of the stage's mbarrier.
+//  2. A stage is refilled only after a __syncwarp that follows every lane's last read of it.
+//  3. A warp stores its partial tile over its own ring alone, after its last read (a __syncwarp)
+//  and
+//     short of the barriers: a partial tile is smaller than a stage's weights and x.
 //  4. Partial tiles are read by other warps only after __syncthreads.
 //  5. No CTA sends to another before the cluster's one barrier: all have started, and their
 //     mbarriers are initialised and expect the bytes that will come.
 //  6. Received sums are read only after the mbarrier's phase: all of them are there. A CTA that
 //     exits has received all that is ever sent to it.
-// All sums run in a fixed order: units within a team, teams within a CTA, CTAs within a cluster.
+// All sums run in a fixed order: units within a warp, warps within a CTA, CTAs within a cluster.
 #pragma once
 
 #include "decode_stage.cuh"
@@ -68,9 +75,9 @@ namespace w4a16 {
 
 // Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread. `general`: the kernel
 // of the most parts.
-__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, int team, bool general) {
+__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, bool general) {
   if (kTuring) return 32 * kTuringWarps;
-  const int outputs = tile_n * tile_m / team;  // of a warp
+  const int outputs = tile_n * tile_m;
   return outputs <= (general ? 32 : 64) * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
 }
 
@@ -86,22 +93,21 @@ __device__ __forceinline__ void Hold(V& v) {
 }
 
 // Whether registers are left for that.
-__host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, int team, bool zeros,
-                                                  int parts) {
-  const int outputs = tile_n * tile_m / team;  // of a warp
+__host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, bool zeros, int parts) {
+  const int outputs = tile_n * tile_m;
   return parts == 1 ? !zeros || outputs <= 64 * 16 : parts == 2 && tile_m == 8 && outputs <= 64 * 8;
 }
 
-// Fills a team's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
+// Fills a warp's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
 // first + step, ...
-template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, bool kZeros, int kParts>
+template <typename T, int kTileN, int kTileM, int kBlocks, bool kZeros, int kParts>
 class StageLoader {
  public:
   __device__ __forceinline__ StageLoader(const DecodeParams& p, const CUtensorMap& x_map, int n0,
-                                         int m0, int thread, int first, int step)
+                                         int m0, int lane, int first, int step)
       : p_(p),
         x_map_(x_map),
-        thread_(thread),
+        lane_(lane),
         n0_(n0),
         m0_(m0),
         rows_(min(kTileM, p.m - m0)),
@@ -113,7 +119,7 @@ class StageLoader {
         block_row_bytes_(static_cast<int64_t>(p.blocks_n) * kBlockBytes),
         step_bytes_(step * kBlocks * block_row_bytes_),
         weights_(reinterpret_cast<const char*>(p.qweight) + first * kBlocks * block_row_bytes_ +
-                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * thread) {
+                 static_cast<int64_t>(n0 / kBlockN) * kBlockBytes + 16 * lane) {
     const bool aligned = !kGeneral || (p.x_aligned && p.n_aligned);
     whole_k_ = aligned && row_blocks_ >= kTileBlocks ? p.k - kUnitK : -1;
     Hold<kHold>(k0_), Hold<kHold>(whole_k_), Hold<kHold>(weights_);
@@ -122,9 +128,9 @@ class StageLoader {
   // Finds the addresses that LoadX and LoadScales need: LoadWeights of the first unit comes before
   // it.
   __device__ __forceinline__ void Prepare() {
-    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0_ + thread_ / kChunks) * p_.k + k0_ +
-         thread_ % kChunks * 8;
-    places_ = FindPlaces(thread_);
+    x_ = static_cast<const T*>(p_.x) + static_cast<int64_t>(m0_ + lane_ / kChunks) * p_.k + k0_ +
+         lane_ % kChunks * 8;
+    places_ = FindPlaces(lane_);
     Hold<kHold>(step_), Hold<kHold>(step_bytes_);
     Hold<kHold && !kTensorCopies>(x_), Hold<kHold && !kTensorCopies>(places_.x);
     Hold<kHold && !kTensorCopies>(places_.rows_left);
@@ -140,8 +146,9 @@ class StageLoader {
   // Makes the barriers of `stages`, before the first copy of x.
   __device__ __forceinline__ void InitBarriers(uint32_t ring, int stages) const {
 #if __CUDA_ARCH__ >= 900
-    if (thread_ >= 32 || !TensorX() || !ptx::ElectOne()) return;
-    for (int s = 0; s < stages; ++s) ptx::MbarrierInit(StageBarrier(p_, ring + s * p_.stage_bytes), 1);
+    if (!ptx::ElectOne()) return;
+    for (int s = 0; s < stages; ++s)
+      ptx::MbarrierInit(StageBarrier(p_, ring + s * p_.stage_bytes), 1);
     ptx::FenceMbarrierInit();
 #endif
   }
@@ -150,11 +157,7 @@ class StageLoader {
   __device__ __forceinline__ void Load(uint32_t stage) const {
     const bool whole = IsWhole();
     LoadWeights(stage, whole);
-    if (TensorX()) {
-      LoadXTensor(stage, k0_);
-    } else {
-      LoadX(stage, whole);
-    }
+    LoadX(stage, whole);
     LoadScales(stage);
   }
 
@@ -163,44 +166,31 @@ class StageLoader {
   __device__ __forceinline__ bool IsWhole() const { return k0_ <= whole_k_; }
 
   __device__ __forceinline__ void LoadWeights(uint32_t stage, bool whole) const {
-    const uint32_t dst = stage + 16 * thread_;
+    const uint32_t dst = stage + 16 * lane_;
     if (whole) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int r = 0; r < kTileBlocks; r += kTeam)
+        for (int r = 0; r < kTileBlocks; ++r)
           CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
                     weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
       }
     } else {
-      const int row_blocks = row_blocks_ - thread_ / 32;
 #pragma unroll 1
       for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
 #pragma unroll 1
-        for (int r = 0; r < kTileBlocks && r < row_blocks; r += kTeam)
+        for (int r = 0; r < kTileBlocks && r < row_blocks_; ++r)
           CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
                     weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
       }
     }
   }
 
-  // All of x of the unit at k, by tensor copies; zeros for what does not exist.
-  __device__ __forceinline__ void LoadXTensor(uint32_t stage, int k) const {
-#if __CUDA_ARCH__ >= 900
-    if ((kTeam > 1 && thread_ >= 32) || !ptx::ElectOne()) return;
-    const uint32_t barrier = StageBarrier(p_, stage);
-    ptx::MbarrierArriveExpectTx(barrier, XBytes(p_.x_rows, kBlocks));
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-      ptx::TensorLoad2d(stage + kWeightBytes + b * XBytes(kTileM, 1), &x_map_, k + b * kBlockK, m0_,
-                        barrier);
-#endif
-  }
-
-  // The same without them.
   __device__ __forceinline__ void LoadX(uint32_t stage, bool whole) const {
-    if (!kGeneral || p_.x_aligned) {
-      CopyX(stage, PlacesNow(), (kHold && whole) || k0_ + thread_ % kChunks * 8 < p_.k);
+    if (TensorX()) {
+      CopyXTensor(stage);
+    } else if (!kGeneral || p_.x_aligned) {
+      CopyX(stage, PlacesNow(), kHold && whole);
     } else {
       LoadXUnaligned(stage + kWeightBytes);
     }
@@ -227,61 +217,77 @@ class StageLoader {
   }
 
  private:
-  static constexpr int kThreads = 32 * kTeam;
   static constexpr int kUnitK = kBlocks * kBlockK;
   static constexpr int kTileBlocks = kTileN / kBlockN;
-  static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
+  static constexpr int kChunks = kBlockK / 8;  // of 16 bytes, in a block of a row of x
   static constexpr bool kGeneral = kParts == 2 * kBlocks;
   static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
   static constexpr int kRowChunks = kTileN / 8;  // of 16 bytes, in a row of scales
   static constexpr int kScaleChunks = kScaleRows * kRowChunks;
   static constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
-  static constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
-  static constexpr int kPass = kThreads / kChunks;  // rows of x copied at a time
+  static constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
+  static constexpr int kPass = 32 / kChunks;  // rows of x copied at a time
 
-  // What a thread copies first of x and of scales, and where in a stage.
+  // What a lane copies first of x and of scales, and where in a stage.
   struct Places {
     uint32_t x, scales;
     int rows_left;  // rows of x from its first on
     int has_scales;
   };
 
-  __device__ __forceinline__ Places FindPlaces(int thread) const {
-    const int row = thread / kChunks, chunk = thread % kChunks;
+  __device__ __forceinline__ Places FindPlaces(int lane) const {
+    const int row = lane / kChunks, chunk = lane % kChunks;
     return {
-        .x = kWeightBytes + chunk / 8 * XBytes(kTileM, 1) + XChunk(row, chunk % 8),
-        .scales = static_cast<uint32_t>(kWeightBytes + XBytes(kTileM, kBlocks) + 16 * thread),
+        .x = kWeightBytes + XChunk(row, chunk),
+        .scales = static_cast<uint32_t>(kWeightBytes + XBytes(kTileM, kBlocks) + 16 * lane),
         .rows_left = rows_ - row,
-        .has_scales = HasScaleChunk(thread),
+        .has_scales = HasScaleChunk(lane),
     };
   }
 
   __device__ __forceinline__ Places PlacesNow() const {
     if constexpr (kHold) return places_;
-    int thread = thread_;
-    Hold<true>(thread);  // else the compiler holds what follows from it
-    return FindPlaces(thread);
+    int lane = lane_;
+    Hold<true>(lane);  // else the compiler holds what follows from it
+    return FindPlaces(lane);
   }
 
-  // Zeros where `valid` is false.
-  __device__ __forceinline__ void CopyX(uint32_t stage, const Places& at, bool valid) const {
+  // What does not exist reads as zero.
+  __device__ __forceinline__ void CopyXTensor(uint32_t stage) const {
+#if __CUDA_ARCH__ >= 900
+    if (!ptx::ElectOne()) return;
+    const uint32_t barrier = StageBarrier(p_, stage);
+    ptx::MbarrierArriveExpectTx(barrier, XBytes(p_.x_rows, kBlocks));
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+      ptx::TensorLoad2d(stage + kWeightBytes + b * XBytes(kTileM, 1), &x_map_, k0_ + b * kBlockK,
+                        m0_, barrier);
+#endif
+  }
+
+  // Zeros beyond K.
+  __device__ __forceinline__ void CopyX(uint32_t stage, const Places& at, bool whole) const {
     const char* x = reinterpret_cast<const char*>(x_);
 #pragma unroll
-    for (int i = 0; i < kTileM; i += kPass)
-      CopyAsyncShared(((stage + at.x) ^ (i % 8 * 16)) + i * (kBlockK * 2), x + i * row_bytes_,
-                      i < at.rows_left, valid);
+    for (int b = 0; b < kBlocks; ++b) {
+      const bool exists = whole || k0_ + b * kBlockK + lane_ % kChunks * 8 < p_.k;
+#pragma unroll
+      for (int i = 0; i < kTileM; i += kPass)
+        CopyAsyncShared(((stage + at.x) ^ (i % 8 * 16)) + b * XBytes(kTileM, 1) + i * (kBlockK * 2),
+                        x + b * (kBlockK * 2) + i * row_bytes_, i < at.rows_left, exists);
+    }
   }
 
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
-    // From the first of the rows, where aligned copies begin at this thread's chunk.
-    const T* x = x_ - static_cast<int64_t>(thread_ / kChunks) * p_.k - thread_ % kChunks * 8;
-    for (int i = thread_; i < rows_ * kUnitK; i += kThreads) {
+    // From the first of the rows, where aligned copies begin at this lane's chunk.
+    const T* x = x_ - static_cast<int64_t>(lane_ / kChunks) * p_.k - lane_ % kChunks * 8;
+    for (int i = lane_; i < rows_ * kUnitK; i += 32) {
       const int row = i / kUnitK, k = i % kUnitK;
       uint16_t v = 0;
       if (k0_ + k < p_.k)
         v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
-      StoreShared16(dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2,
-                    v);
+      StoreShared16(
+          dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2, v);
     }
   }
 
@@ -303,22 +309,22 @@ class StageLoader {
     return idx < kScaleChunks && n0_ + idx % kRowChunks * 8 < p_.n;
   }
 
-  // This thread's first chunk of scales, early.
+  // This lane's first chunk of scales, early.
   __device__ __forceinline__ void FindScales() {
-    if constexpr (kHold) scales_ = ScaleChunk(thread_);
+    if constexpr (kHold) scales_ = ScaleChunk(lane_);
   }
 
   __device__ __forceinline__ void CopyScales(uint32_t stage, const Places& at) const {
     const uint32_t dst = stage + at.scales;
     if constexpr (kHold) CopyAsync(dst, scales_, at.has_scales != 0);
 #pragma unroll
-    for (int i = kHold ? kThreads : 0; i < kScaleChunks; i += kThreads) {
-      CopyAsync(dst + 16 * i, ScaleChunk(thread_ + i), HasScaleChunk(thread_ + i));
+    for (int i = kHold ? 32 : 0; i < kScaleChunks; i += 32) {
+      CopyAsync(dst + 16 * i, ScaleChunk(lane_ + i), HasScaleChunk(lane_ + i));
     }
   }
 
   __device__ __forceinline__ void LoadScalesUnaligned(uint32_t dst) const {
-    for (int idx = thread_; idx < kScaleRows * kTileN; idx += kThreads) {
+    for (int idx = lane_; idx < kScaleRows * kTileN; idx += 32) {
       const int row = idx / kTileN, n = idx % kTileN;
       if (n0_ + n < p_.n)
         StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row))[n]);
@@ -327,7 +333,7 @@ class StageLoader {
 
   const DecodeParams& p_;
   const CUtensorMap& x_map_;
-  const int thread_, n0_, m0_, rows_, row_blocks_;
+  const int lane_, n0_, m0_, rows_, row_blocks_;
   const uint64_t policy_;
   int k0_, step_;
   int whole_k_;  // the last k0_ of a whole unit
@@ -343,36 +349,20 @@ class StageLoader {
 struct Quad {
   int exists;      // in the tile and its rows
   int n;           // the first column
-  uint32_t terms;  // the first team's sums, in shared memory
+  uint32_t terms;  // the first warp's sums, in shared memory
   int64_t out;     // element of out
 };
 
-// The warps of a team meet.
-template <int kTeam>
-__device__ __forceinline__ void TeamBarrier(int team) {
-  if constexpr (kTeam == 1) {
-    __syncwarp();
-  } else {
-    NamedBarrier(1 + team, 32 * kTeam);
-  }
-}
-
-template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros,
-          int kParts>
-__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 * kBlocks), 1)
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
+__global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBlocks), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p,
                  const __grid_constant__ CUtensorMap x_map) {
-  static_assert(kTileN % (kBlockN * kTeam) == 0 && kTileM % 8 == 0);
+  static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0);
   if (kTuring && kTileN * kTileM > kTuringOutputs) return;  // never launched
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
-  constexpr int kRowBlocks = kTileBlocks / kTeam;  // of a warp
   extern __shared__ __align__(1024) char shared[];
 
-#if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0) ptx::PrefetchTensorMap(&x_map);
-#endif
-  const int lane = threadIdx.x % 32, thread = threadIdx.x % (32 * kTeam), member = thread / 32;
-  const int team = threadIdx.x / (32 * kTeam), num_teams = blockDim.x / (32 * kTeam);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int log2_split = p.log2_split_k, split = 1 << log2_split;
   const int rank = blockIdx.x & (split - 1);
   int tile_n = blockIdx.x >> log2_split, tile_m = 0;
@@ -382,40 +372,36 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   }
   const int n0 = tile_n * kTileN, m0 = tile_m * kTileM;
 
-  // This team's units of K: `first`, first + num_teams, ... below `end`. All CTAs take them in the
+  // This warp's units of K: `first`, first + warps, ... below `end`. All CTAs take them in the
   // same order, so that those of one SM find each other's x in L1.
-  const int first = (p.units * rank >> log2_split) + team;
+  const int first = (p.units * rank >> log2_split) + warp;
   int end = p.units * (rank + 1) >> log2_split;
-  int step = num_teams;
-  constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kTeam, kZeros, kParts);
+  int step = warps;
+  constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
   Hold<kHold>(end), Hold<kHold>(step);
 
   const uint32_t partials = SharedAddress(shared) + p.received_bytes;
-  const uint32_t ring_address = partials + team * p.team_bytes;
+  const uint32_t ring_address = partials + warp * p.warp_bytes;
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
-  StageLoader<T, kTileN, kTileM, kBlocks, kTeam, kZeros, kParts> loader(
-      p, x_map, n0, m0, thread, first, num_teams);
+  StageLoader<T, kTileN, kTileM, kBlocks, kZeros, kParts> loader(p, x_map, n0, m0, lane, first,
+                                                                 warps);
+  // A warp runs this once, and its instructions come from memory as well: the order of the copies
+  // and the room that they take in the code count.
   if (first < end) loader.LoadWeights(ring_address, loader.IsWhole());
   loader.Prepare();
-#pragma unroll
-  for (int s = 0; s < kStages; ++s) {
-    const uint32_t stage = ring_address + s * p.stage_bytes;
-    if (s > 0) loader.Advance();
-    if (first + s * num_teams < end) {
-      if (s > 0) loader.LoadWeights(stage, loader.IsWhole());
-      if (!loader.TensorX()) loader.LoadX(stage, loader.IsWhole());
-      loader.LoadScales(stage);
-    }
-    CopyAsyncCommit();
+  if (loader.TensorX()) loader.InitBarriers(ring_address, kStages);
+  if (first < end) {
+    loader.LoadX(ring_address, loader.IsWhole());
+    loader.LoadScales(ring_address);
   }
-  if (loader.TensorX()) {  // which comes sooner than weights
-    loader.InitBarriers(ring_address, kStages);
-#pragma unroll
-    for (int s = 0; s < kStages; ++s) {
-      const int unit = first + s * num_teams;
-      if (unit < end) loader.LoadXTensor(ring_address + s * p.stage_bytes, unit * kBlocks * kBlockK);
-    }
+  CopyAsyncCommit();
+#pragma unroll 1
+  for (int s = 1; s < kStages; ++s) {
+    const uint32_t stage = ring_address + s * p.stage_bytes;
+    loader.Advance();
+    if (first + s * warps < end) loader.Load(stage);
+    CopyAsyncCommit();
   }
 
   const int rows = min(kTileM, p.m - m0);
@@ -429,21 +415,21 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
     const int quads = (kQuads - rank + split - 1) >> log2_split;
     if (threadIdx.x < 32) {
       if (lane == 0) {
-        MbarrierInit(barrier);
-        FenceMbarrierInit();
+        ptx::MbarrierInit(barrier, 1);
+        ptx::FenceMbarrierInit();
       }
       __syncwarp();  // for racecheck, which blames the warp's last lane for the initialisation
-      if (lane == 0) MbarrierExpect(barrier, split * rows * quads * 16);
+      if (lane == 0) ptx::MbarrierArriveExpectTx(barrier, split * rows * quads * 16);
     }
-    ClusterArriveRelaxed();
+    ptx::ClusterArriveRelaxed();
   }
 #endif
 
-  // Without a cluster a thread sums every blockDim-th quad of all teams. Where registers are left
+  // Without a cluster a thread sums every blockDim-th quad of all warps. Where registers are left
   // it finds the first, and what leads from one of two stages to the other, before it waits for
   // copies.
   constexpr int kStride = PartialStride(kTileN);
-  constexpr bool kHoldMore = kHold && kTileN * kTileM / kTeam <= 64 * 16;
+  constexpr bool kHoldMore = kHold && kTileN * kTileM <= 64 * 16;
   auto find_quad = [&](int idx) {
     const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
     const int n = n0 + 4 * quad;
@@ -460,28 +446,28 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
     Hold<true>(both_stages);
   }
 
-  constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks, kTeam>;
+  constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks>;
   uint32_t turn = 0;  // units so far
-  StageOffsets offsets = kFindOffsets(member, lane);
+  StageOffsets offsets = kFindOffsets(lane);
   Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales), Hold<kHold>(offsets.x);
 
-  float acc[kRowBlocks][kTokenBlocks][4] = {};
+  float acc[kTileBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address;
 #pragma unroll 1
   for (int unit = first; unit < end; unit += step) {
     CopyAsyncWait<kStages - 1>();
-    TeamBarrier<kTeam>(team);  // invariant 1
+    __syncwarp();  // invariant 1
 #if __CUDA_ARCH__ >= 900
     if (loader.TensorX()) ptx::MbarrierWait(StageBarrier(p, stage), turn++ / kStages % 2);
 #endif
     if constexpr (kHold) loader.Advance();
-    if constexpr (!kHold && kTileN * kTileM / kTeam > 112 * 16) {  // few registers are left
+    if constexpr (!kHold && kTileN * kTileM > 112 * 16) {  // few registers are left
       int l = lane;
       Hold<true>(l);
-      offsets = kFindOffsets(member, l);
+      offsets = kFindOffsets(l);
     }
-    MultiplyStage<T, kTileN, kTileM, kTileM, kBlocks, kTeam, kZeros, kParts>(stage, offsets, acc);
-    TeamBarrier<kTeam>(team);  // invariants 2 and 3
+    MultiplyStage<T, kTileN, kTileM, kTileM, kBlocks, kZeros, kParts>(stage, offsets, acc);
+    __syncwarp();  // invariants 2 and 3
     if constexpr (!kHold) loader.Advance();
     if (unit + kStages * step < end) loader.Load(stage);
     CopyAsyncCommit();
@@ -492,10 +478,10 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
     }
   }
 
-  constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
-  const uint32_t partial = ring_address + 4 * (member * (kRowBlocks * kBlockN) + lane / 4);
+  constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
+  const uint32_t partial = ring_address + 4 * (lane / 4);
 #pragma unroll
-  for (int r = 0; r < kRowBlocks; ++r) {
+  for (int r = 0; r < kTileBlocks; ++r) {
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) {
 #pragma unroll
@@ -514,34 +500,33 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
         if (quad.exists) bias = LoadBias<T>(p, quad.n);
       }
       if (quad.exists)
-        StoreOut<T>(p, quad.out, quad.n, SumQuads<kTileM>(quad.terms, p.team_bytes, num_teams),
-                    bias);
+        StoreOut<T>(p, quad.out, quad.n, SumQuads<kTileM>(quad.terms, p.warp_bytes, warps), bias);
     }
     return;
   }
 
 #if __CUDA_ARCH__ >= 900
-  if (log2_split > 0) ClusterWait();  // invariant 5
+  if (log2_split > 0) ptx::ClusterWait();  // invariant 5
 #endif
   __syncthreads();  // invariant 4
-#if defined(W4A16_RACECHECK)
-  __syncthreads();  // racecheck does not see the one above where teams had barriers
-#endif
 
-  // Where a quad's terms lie: the teams' partial tiles or, in a cluster, what its CTAs sent of
+  // Where a quad's terms lie: the warps' partial tiles or, in a cluster, what its CTAs sent of
   // them.
   uint32_t terms = partials;
-  int num_terms = num_teams, term_bytes = p.team_bytes, token_bytes = 4 * kStride;
+  int num_terms = warps, term_bytes = p.warp_bytes, token_bytes = 4 * kStride;
 #if __CUDA_ARCH__ >= 900
   if (log2_split > 0) {
     for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
       const int token = idx >> kLog2Quads, i = idx & ((1 << kLog2Quads) - 1);
       if (i >= kQuads) continue;
       const int at = (rank * kTileM + token) * share + (i >> log2_split);
-      SendCluster(received + 16 * at, barrier, i & (split - 1),
-                  SumQuads<kTileM>(terms + token * token_bytes + 16 * i, term_bytes, num_terms));
+      const float4 sum =
+          SumQuads<kTileM>(terms + token * token_bytes + 16 * i, term_bytes, num_terms);
+      const int to = i & (split - 1);
+      ptx::StoreAsync(ptx::MapShared(received + 16 * at, to), ptx::MapShared(barrier, to), sum.x,
+                      sum.y, sum.z, sum.w);
     }
-    MbarrierWait(barrier, 0);  // invariant 6
+    ptx::MbarrierWaitCluster(barrier, 0);  // invariant 6
     terms = received;
     num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
@@ -557,25 +542,23 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kTeam, kParts == 2 
   }
 }
 
-template <typename T, int kTileN, int kTileM, int kBlocks, int kTeam, int kStages, bool kZeros>
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros>
 const void* KernelForParts(int parts) {
   constexpr int kMost = 2 * kBlocks;
-  auto kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 2>;
-  if (parts == 1) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, 1>;
-  if (parts == kMost)
-    kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kTeam, kStages, kZeros, kMost>;
+  auto kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 2>;
+  if (parts == 1) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 1>;
+  if (parts == kMost) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, kMost>;
   return reinterpret_cast<const void*>(kernel);
 }
 
 template <typename T>
 const void* FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, BLOCKS, WARPS, TEAM, STAGES, SPLIT, ...)                             \
-  static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, TEAM, true)) && WARPS % TEAM == 0 && \
-                SPLIT * 4 <= N && (SPLIT & (SPLIT - 1)) == 0);                                  \
-  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.team == TEAM &&                 \
-      c.stages == STAGES)                                                                       \
-    return has_zeros ? KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, true>(parts)               \
-                     : KernelForParts<T, N, M, BLOCKS, TEAM, STAGES, false>(parts);
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, STAGES, SPLIT, ...)                          \
+  static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, true)) && SPLIT * 4 <= N && \
+                (SPLIT & (SPLIT - 1)) == 0);                                           \
+  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.stages == STAGES)      \
+    return has_zeros ? KernelForParts<T, N, M, BLOCKS, STAGES, true>(parts)            \
+                     : KernelForParts<T, N, M, BLOCKS, STAGES, false>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)

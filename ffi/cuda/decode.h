@@ -23,10 +23,10 @@ struct DecodeParams {
   // Shared memory:
   int x_rows;  // rows of x that are copied: min(M, tile_m)
   int received_bytes;
-  int stage_bytes;  // one team's stage
-  int team_bytes;   // one team's ring of stages, later its partial tile
-  bool x_aligned;   // rows of x begin at multiples of 16 bytes
-  bool n_aligned;   // rows of scales and zeros begin at multiples of 16 bytes
+  int stage_bytes;
+  int warp_bytes;  // one warp's ring of stages, later its partial tile
+  bool x_aligned;  // rows of x begin at multiples of 16 bytes
+  bool n_aligned;  // rows of scales and zeros begin at multiples of 16 bytes
   bool out_float32;
   float alpha;
 };
@@ -35,9 +35,9 @@ struct DecodeParams {
 // registers hold what is on the way.
 inline constexpr int kTuringWarps = 8, kTuringOutputs = 1024;
 
-// The rows of x in a stage: for every block of K tile_m rows of 128 bytes. The 16-byte chunk c of row
-// r lies at c ^ (r % 8), the 128-byte swizzle of tensor copies, so that ldmatrix finds the rows of 8
-// tokens in different banks.
+// The rows of x in a stage: for every block of K tile_m rows of 128 bytes. The 16-byte chunk c of
+// row r lies at c ^ (r % 8), the 128-byte swizzle of tensor copies, so that ldmatrix finds the rows
+// of 8 tokens in different banks.
 W4A16_HD constexpr int XBytes(int tile_m, int blocks) { return blocks * tile_m * kBlockK * 2; }
 
 // Equal parts of a stage, each in one group: as few as the group size allows. Where rows of x,
@@ -61,10 +61,10 @@ W4A16_HD constexpr int QuadsShare(int tile_n, int split_k) {
 }
 
 // Shared memory of a CTA:
-//   barrier | sums received from the cluster (both for split_k > 1) | teams x ring
+//   barrier | sums received from the cluster (both for split_k > 1) | warps x ring
 //   ring = stages x (weights | x | scales | zeros | barrier); later the partial tile
 struct DecodeSharedMemory {
-  int stage_bytes, team_bytes, total_bytes;
+  int stage_bytes, warp_bytes, total_bytes;
 };
 
 inline constexpr int kBarrierBytes = 16;
@@ -88,8 +88,8 @@ constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config
                 scale_rows * c.tile_n * 2 + kStageBarrierBytes);
   const int ring = c.stages * stage;
   const int partial = Align1024(c.tile_m * PartialStride(c.tile_n) * 4);
-  const int team = ring > partial ? ring : partial;
-  return {stage, team, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps / c.team * team};
+  const int warp = ring > partial ? ring : partial;
+  return {stage, warp, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps * warp};
 }
 
 // The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu).

@@ -51,22 +51,21 @@ struct StageOffsets {
   uint32_t words, scales, x;
 };
 
-// Those of a warp, the team's `member`. What stands for a token that does not exist matters to no
-// other.
-template <int kTileN, int kXRows, int kBlocks, int kTeam>
-__device__ __forceinline__ StageOffsets FindOffsets(int member, uint32_t lane) {
-  constexpr int kRows = kTileN / kTeam;  // of the warp
+// What stands for a token that does not exist matters to no other.
+template <int kTileN, int kXRows, int kBlocks>
+__device__ __forceinline__ StageOffsets FindOffsets(uint32_t lane) {
   constexpr int kWeightBytes = kBlocks * (kTileN / kBlockN) * kBlockBytes;
   return {
-      .words = member * (kRows / kBlockN * kBlockBytes) + 16 * lane,
-      .scales = kWeightBytes + XBytes(kXRows, kBlocks) + 2 * (member * kRows + lane / 4),
+      .words = 16 * lane,
+      .scales = kWeightBytes + XBytes(kXRows, kBlocks) + lane / 4 * 2,
       .x = kWeightBytes + XChunk(lane % 8, lane / 8),
   };
 }
 
-// sum(x) of 8 tokens over Dequantizer's step, as accumulators hold it: of token lane % 4 * 2 + i % 2
-// at the step of row half i / 2. x is operand B of kSteps mma steps. As operand A, that of two steps
-// has a token in every row and half of K in rows 0 .. 7 and 8 .. 15, so that one mma sums both.
+// sum(x) of 8 tokens over Dequantizer's step, as accumulators hold it: of token lane % 4 * 2 + i %
+// 2 at the step of row half i / 2. x is operand B of kSteps mma steps. As operand A, that of two
+// steps has a token in every row and half of K in rows 0 .. 7 and 8 .. 15, so that one mma sums
+// both.
 template <typename T, int kSteps>
 __device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], float (&sum)[4]) {
   using D = Dequantizer<T>;
@@ -87,15 +86,13 @@ __device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], float 
 
 // The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
 // of the tile times tokens 8 j .. .
-template <typename T, int kTileN, int kTileM, int kXRows, int kBlocks, int kTeam, bool kZeros,
-          int kParts>
+template <typename T, int kTileN, int kTileM, int kXRows, int kBlocks, bool kZeros, int kParts>
 __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets& offsets,
-                                              float (&acc)[kTileN / 16 / kTeam][kTileM / 8][4]) {
+                                              float (&acc)[kTileN / 16][kTileM / 8][4]) {
   using D = Dequantizer<T>;
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
-  constexpr int kRowBlocks = kTileBlocks / kTeam;  // this warp's
-  constexpr int kSteps = 4 * kBlocks / kParts;     // mma steps in a part
-  constexpr bool kAffine = UsesAffineCodes(kTileN / kTeam, kTileM, kZeros);
+  constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
+  constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each.
   constexpr int kRows = 2;
@@ -129,11 +126,11 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
       }
     }
 #pragma unroll
-    for (int r0 = 0; r0 < kRowBlocks; r0 += kRows) {
+    for (int r0 = 0; r0 < kTileBlocks; r0 += kRows) {
       constexpr int kWords = kSteps < 4 ? kSteps : 4;  // read at a time
       uint32_t words[kRows][kSteps];
 #pragma unroll
-      for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
+      for (int r = 0; r < kRows && r0 + r < kTileBlocks; ++r) {
 #pragma unroll
         for (int s = 0; s < kSteps; s += kWords) {
           const int b = (part * kSteps + s) / 4, first = (part * kSteps + s) % 4;
@@ -147,7 +144,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-        for (int r = 0; r < kRows && r0 + r < kRowBlocks; ++r) {
+        for (int r = 0; r < kRows && r0 + r < kTileBlocks; ++r) {
           uint32_t a[4];
           if constexpr (kAffine) {
             D::Affine(words[r][s], a);
@@ -161,7 +158,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2 * kRows && r0 + i / 2 < kRowBlocks; ++i) {
+      for (int i = 0; i < 2 * kRows && r0 + i / 2 < kTileBlocks; ++i) {
         const int r = i / 2, half = i % 2;
         const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
         const float scale = LoadSharedFloat<T>(row);

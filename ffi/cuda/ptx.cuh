@@ -1,5 +1,4 @@
-// The PTX instructions that the portable kernels use: sm_75 and later, bfloat16 from sm_80,
-// clusters from sm_90.
+// The PTX instructions that the portable kernels use: sm_75 and later, bfloat16 from sm_80.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -149,11 +148,6 @@ __device__ __forceinline__ void StoreShared16(uint32_t address, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 
-// Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads of the CTA.
-__device__ __forceinline__ void NamedBarrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void LoadMatrix4(uint32_t address, uint32_t (&d)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -197,57 +191,6 @@ __device__ __forceinline__ void Mma<__nv_bfloat16>(float (&d)[4], const uint32_t
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
         "f"(c[2]), "f"(c[3]));
-}
-#endif
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// A cluster's barrier. The arrival orders no memory but mbarriers, by MbarrierInit.
-__device__ __forceinline__ void ClusterArriveRelaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-__device__ __forceinline__ void ClusterWait() {
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// An mbarrier of one arrival a phase, MbarrierExpect's.
-__device__ __forceinline__ void MbarrierInit(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-
-// Makes initialised barriers visible to the cluster.
-__device__ __forceinline__ void FenceMbarrierInit() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// The phase ends when `bytes` have been received.
-__device__ __forceinline__ void MbarrierExpect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-// Waits for the phase of the given parity to end.
-__device__ __forceinline__ void MbarrierWait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n\t.reg .pred done;\n"
-      "retry:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
-      "@!done bra retry;\n\t}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Stores to the place that `address` names in the shared memory of the cluster's CTA `rank`, and
-// counts there, at `barrier`, as 16 bytes received.
-__device__ __forceinline__ void SendCluster(uint32_t address, uint32_t barrier, int rank,
-                                            float4 v) {
-  asm volatile(
-      "{\n\t.reg .b32 there, barrier_there;\n\t"
-      "mapa.shared::cluster.u32 there, %0, %2;\n\t"
-      "mapa.shared::cluster.u32 barrier_there, %1, %2;\n\t"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, "
-      "%6}, [barrier_there];\n\t}" ::"r"(address),
-      "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
 }
 #endif
 

@@ -112,7 +112,7 @@ class UnitLoader {
   static constexpr int kThreads = 32;
   static constexpr int kUnitK = kBlocks * kBlockK;
   static constexpr int kTileBlocks = kTileN / kBlockN;
-  static constexpr int kChunks = kUnitK / 8;  // of 16 bytes, in a unit of a row of x
+  static constexpr int kChunks = kBlockK / 8;  // of 16 bytes, in a block of a row of x
   static constexpr bool kGeneral = kParts == 2 * kBlocks;
   static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
 
@@ -140,18 +140,18 @@ class UnitLoader {
   __device__ __forceinline__ void LoadX(uint32_t dst) const {
     const int row = thread_ / kChunks, chunk = thread_ % kChunks;
     constexpr int kPass = kThreads / kChunks;  // rows copied at a time
-    const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
+    const int64_t row_bytes = static_cast<int64_t>(p_.k) * 2;
     const char* x = reinterpret_cast<const char*>(x_);
-    dst += chunk / 8 * XBytes(kTileM, 1) + XChunk(row, chunk % 8);
-    if (kTileM % kPass == 0 && rows_ == kTileM && k0_ + kUnitK <= p_.k) {
+    dst += XChunk(row, chunk);
+    const bool whole = rows_ == kTileM && k0_ + kUnitK <= p_.k;
 #pragma unroll
-      for (int i = 0; i < kTileM / kPass; ++i, x += pass_bytes)
-        CopyAsyncShared((dst ^ (i * kPass % 8 * 16)) + i * kPass * (kBlockK * 2), x, true, true);
-    } else {
-      const bool valid = k0_ + 8 * chunk < p_.k;  // else zeros, from an address that is not read
+    for (int b = 0; b < kBlocks; ++b) {
+      // Zeros beyond K, from an address that is not read.
+      const bool exists = whole || k0_ + b * kBlockK + 8 * chunk < p_.k;
 #pragma unroll
-      for (int i = 0; i * kPass < kTileM; ++i, x += pass_bytes)
-        CopyAsyncShared((dst ^ (i * kPass % 8 * 16)) + i * kPass * (kBlockK * 2), x, i * kPass + row < rows_, valid);
+      for (int i = 0; i < kTileM; i += kPass)
+        CopyAsyncShared((dst ^ (i % 8 * 16)) + b * XBytes(kTileM, 1) + i * (kBlockK * 2),
+                        x + b * (kBlockK * 2) + i * row_bytes, whole || i + row < rows_, exists);
     }
   }
 
@@ -163,7 +163,8 @@ class UnitLoader {
       uint16_t v = 0;
       if (k0_ + k < p_.k)
         v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
-      StoreShared16(dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2, v);
+      StoreShared16(
+          dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2, v);
     }
   }
 
@@ -273,14 +274,14 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
   const DecodeParams& p = params.decode;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int rows = min(kTokens, at.end - at.m0);
-  const StageOffsets offsets = FindOffsets<kTileN, kTileM, kBlocks, 1>(0, lane);
+  const StageOffsets offsets = FindOffsets<kTileN, kTileM, kBlocks>(lane);
   float acc[kTileBlocks][kTokenBlocks][4] = {};
   const uint32_t ring_end = ring + kStages * p.stage_bytes;
 #pragma unroll 1
   for (; unit < p.units; unit += warps) {
     CopyAsyncWait<kStages - 1>();
     __syncwarp();
-    MultiplyStage<T, kTileN, kTokens, kTileM, kBlocks, 1, kZeros, kParts>(stage, offsets, acc);
+    MultiplyStage<T, kTileN, kTokens, kTileM, kBlocks, kZeros, kParts>(stage, offsets, acc);
     __syncwarp();
     stream.Load(stage);
     stage = stage + p.stage_bytes == ring_end ? ring : stage + p.stage_bytes;
