@@ -78,7 +78,7 @@ namespace w4a16 {
 __host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, bool general) {
   if (kTuring) return 32 * kTuringWarps;
   const int outputs = tile_n * tile_m;
-  return outputs <= (general ? 32 : 64) * 8 ? 512 : outputs <= 64 * 16 ? 384 : 256;
+  return outputs <= (general ? 32 : 64) * 8 ? 512 : outputs <= 64 * 8 ? 384 : 256;
 }
 
 // Has the compiler hold a value in a register instead of deriving it again wherever it is used.
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
         if (quad.exists) bias = LoadBias<T>(p, quad.n);
       }
       if (quad.exists)
-        StoreOut<T>(p, quad.out, quad.n, SumQuads<kTileM>(quad.terms, p.warp_bytes, warps), bias);
+        StoreOut<T>(p, quad.out, quad.n, SumQuads(quad.terms, p.warp_bytes, warps), bias);
     }
     return;
   }
@@ -520,8 +520,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
       const int token = idx >> kLog2Quads, i = idx & ((1 << kLog2Quads) - 1);
       if (i >= kQuads) continue;
       const int at = (rank * kTileM + token) * share + (i >> log2_split);
-      const float4 sum =
-          SumQuads<kTileM>(terms + token * token_bytes + 16 * i, term_bytes, num_terms);
+      const float4 sum = SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms);
       const int to = i & (split - 1);
       ptx::StoreAsync(ptx::MapShared(received + 16 * at, to), ptx::MapShared(barrier, to), sum.x,
                       sum.y, sum.z, sum.w);
@@ -537,7 +536,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     const int n = n0 + 4 * ((i << log2_split) + rank);
     if (n >= n0 + kTileN) continue;
     StoreOut<T>(p, static_cast<int64_t>(m0 + token) * p.n + n, n,
-                SumQuads<kTileM>(terms + token * token_bytes + 16 * i, term_bytes, num_terms),
+                SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms),
                 LoadBias<T>(p, n));
   }
 }

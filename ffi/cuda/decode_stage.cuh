@@ -201,19 +201,12 @@ __device__ __forceinline__ void AddQuads(float4& sum, uint32_t& first, int strid
   }
 }
 
-// The sum of `count` quads, in their order. Wide tiles leave few registers.
-template <int kTileM>
+// The sum of `count` quads, in their order.
 __device__ __forceinline__ float4 SumQuads(uint32_t first, int stride, int count) {
-  if constexpr (kTileM == 8) {
-    float4 sum = {};
-    AddQuads<8>(sum, first, stride, count);
-    AddQuads<4>(sum, first, stride, count);
-    AddQuads<1>(sum, first, stride, count);
-    return sum;
-  }
-  float4 sum = LoadQuad(first);
-#pragma unroll 4
-  for (int i = 1; i < count; ++i) Add(sum, LoadQuad(first + i * stride));
+  float4 sum = {};
+  AddQuads<8>(sum, first, stride, count);
+  AddQuads<4>(sum, first, stride, count);
+  AddQuads<1>(sum, first, stride, count);
   return sum;
 }
 

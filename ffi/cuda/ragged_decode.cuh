@@ -307,10 +307,9 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
     const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
     const int n = at.n0 + 4 * quad;
     if (quad < kQuads)
-      StoreOut<T>(
-          p, static_cast<int64_t>(at.m0 + token) * p.n + n, n,
-          SumQuads<kTileM>(partials + token * 4 * kStride + 16 * quad, params.partial_bytes, warps),
-          {});
+      StoreOut<T>(p, static_cast<int64_t>(at.m0 + token) * p.n + n, n,
+                  SumQuads(partials + token * 4 * kStride + 16 * quad, params.partial_bytes, warps),
+                  {});
   }
   return unit - p.units;
 }
