@@ -13,7 +13,9 @@ namespace w4a16 {
 
 namespace {
 
-DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& config) {
+// `tensor_copies`: whether the kernel can take x by them.
+DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& config,
+                            bool tensor_copies) {
   const DecodeSharedMemory shared = SharedMemoryOfDecode(p, config);
   const int group_size = static_cast<int>(p.group_size < p.k ? p.group_size : INT_MAX);
   // For 0 <= k < 2^31 (of a column of one group, any size beyond K serves): shift =
@@ -41,6 +43,7 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
       .received_bytes = ReceivedBytes(config.tile_n, config.tile_m, config.split_k),
       .stage_bytes = shared.stage_bytes,
       .warp_bytes = shared.warp_bytes,
+      .x_tensor = tensor_copies && p.k % 8 == 0 && p.k > 0 && p.m > kFewRows,
       .x_aligned = p.k % 8 == 0,
       .n_aligned = p.n % 8 == 0,
       .out_float32 = p.out_dtype == W4A16_F32,
@@ -90,17 +93,17 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cons
   if (p.m == 0 || p.n == 0) return {};
   const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
   const void* function = find(config, p.has_zeros, StageParts(p, config.blocks));
-  DecodeParams params = DecodeParamsOf(p, o, config);
-  CUtensorMap x = {};
-  if (device.compute_capability >= 90 && params.x_aligned && p.k > 0) {
-    if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, params.x_rows, &x); !s.ok()) return s;
-  }
+  DecodeParams params = DecodeParamsOf(p, o, config, device.compute_capability == 90);
   const int64_t ctas = CeilDiv(p.m, config.tile_m) * CeilDiv(p.n, config.tile_n) * config.split_k;
   if (ctas > INT_MAX)
     return Status::Unsupported(std::string(config.name) + ": the product needs " +
                                std::to_string(ctas) + " CTAs, more than a grid holds");
   const int shared_bytes = SharedMemoryOfDecode(p, config).total_bytes;
   if (Status s = RaiseSharedMemoryLimit(config, function); !s.ok()) return s;
+  CUtensorMap x = {};
+  if (params.x_tensor) {  // the encoder needs a context, which is there by now
+    if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, params.x_rows, &x); !s.ok()) return s;
+  }
   void* args[] = {&params, &x};
   return LaunchDecode(config, function, args, ctas, config.split_k, shared_bytes, stream);
 }
@@ -110,7 +113,7 @@ Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, co
   const auto find = p.x_dtype == W4A16_F16 ? FindRaggedDecodeF16 : FindRaggedDecodeBf16;
   const auto kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
   const RaggedDecodeSharedMemory shared = SharedMemoryOfRaggedDecode(p, e.count, config);
-  RaggedDecodeParams params = {.decode = DecodeParamsOf(p, o, config),
+  RaggedDecodeParams params = {.decode = DecodeParamsOf(p, o, config, false),
                                .experts = ExpertParamsOf(p, e, config.tile_n),
                                .table_bytes = shared.table_bytes,
                                .partial_bytes = shared.partial_bytes};

@@ -132,16 +132,13 @@ class StageLoader {
          lane_ % kChunks * 8;
     places_ = FindPlaces(lane_);
     Hold<kHold>(step_), Hold<kHold>(step_bytes_);
-    Hold<kHold && !kTensorCopies>(x_), Hold<kHold && !kTensorCopies>(places_.x);
-    Hold<kHold && !kTensorCopies>(places_.rows_left);
+    Hold<kHold>(x_), Hold<kHold>(places_.x), Hold<kHold>(places_.rows_left);
     Hold<kHold>(places_.scales), Hold<kHold>(places_.has_scales);
     FindScales();
   }
 
   // Whether x comes by tensor copies, which count at the barriers of stages.
-  __device__ __forceinline__ bool TensorX() const {
-    return kTensorCopies && (!kGeneral || p_.x_aligned);
-  }
+  __device__ __forceinline__ bool TensorX() const { return kTensorCopies && p_.x_tensor; }
 
   // Makes the barriers of `stages`, before the first copy of x.
   __device__ __forceinline__ void InitBarriers(uint32_t ring, int stages) const {
@@ -227,6 +224,7 @@ class StageLoader {
   static constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
   static constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
   static constexpr int kPass = 32 / kChunks;  // rows of x copied at a time
+  static_assert(kFewRows == kPass);
 
   // What a lane copies first of x and of scales, and where in a stage.
   struct Places {
@@ -272,7 +270,7 @@ class StageLoader {
     for (int b = 0; b < kBlocks; ++b) {
       const bool exists = whole || k0_ + b * kBlockK + lane_ % kChunks * 8 < p_.k;
 #pragma unroll
-      for (int i = 0; i < kTileM; i += kPass)
+      for (int i = 0; i < (kTensorCopies ? kFewRows : kTileM); i += kPass)
         CopyAsyncShared(((stage + at.x) ^ (i % 8 * 16)) + b * XBytes(kTileM, 1) + i * (kBlockK * 2),
                         x + b * (kBlockK * 2) + i * row_bytes_, i < at.rows_left, exists);
     }

@@ -25,6 +25,7 @@ struct DecodeParams {
   int received_bytes;
   int stage_bytes;
   int warp_bytes;  // one warp's ring of stages, later its partial tile
+  bool x_tensor;   // x comes by tensor copies
   bool x_aligned;  // rows of x begin at multiples of 16 bytes
   bool n_aligned;  // rows of scales and zeros begin at multiples of 16 bytes
   bool out_float32;
@@ -34,6 +35,9 @@ struct DecodeParams {
 // Of a CTA on Turing, at most, warps and outputs of a tile: for want of asynchronous copies its
 // registers hold what is on the way.
 inline constexpr int kTuringWarps = 8, kTuringOutputs = 1024;
+
+// So few rows of x come sooner by copies of all lanes than by tensor copies.
+inline constexpr int kFewRows = 4;
 
 // The rows of x in a stage: for every block of K tile_m rows of 128 bytes. The 16-byte chunk c of
 // row r lies at c ^ (r % 8), the 128-byte swizzle of tensor copies, so that ldmatrix finds the rows
