@@ -31,10 +31,12 @@
 // nor tiles of up to 448 rows in clusters of 4 and 8, nor three stages, nor predicates in place of
 // a branch for units that are not whole.
 //
-// x comes by tensor copies on Hopper: one lane asks for what took the load unit 26 cycles for 512
-// bytes, of weights 7, because rows of x go through L1. At M = 16 that took 3 to 12% off, at M = 8
-// up to 4, at M = 1 nothing. A box of more rows than there are costs 5 to 20% (M = 1), x asked for
-// before the first weights 2 to 8, all of a CTA's x fetched at its start up to 40.
+// More than a few rows of x come by tensor copies on Hopper: one lane asks for what takes the load
+// unit 26 cycles for 512 bytes, of weights 7, because rows of x go through L1. At M = 16 that took
+// 3 to 12% off, at M = 8 3% of 4096 x 4096, while layers of several CTAs an SM, which shared L1,
+// got 1 to 2% slower; one row cost 1% more. A box of more rows than there are costs 5 to 20% (at
+// M = 1), x asked for before the first weights 2 to 8, all of a CTA's x fetched at its start up to
+// 40.
 //
 // Nothing hides what a CTA does after its last copy has come: at 4096 x 4096, M = 1, it was 0.8 of
 // 4.7 us. Sums of 8 quads at a time, and addresses found while the first copies were under
@@ -360,6 +362,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   extern __shared__ __align__(1024) char shared[];
 
+#if __CUDA_ARCH__ >= 900
+  if (p.x_tensor && threadIdx.x == 0) ptx::PrefetchTensorMap(&x_map);
+#endif
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int log2_split = p.log2_split_k, split = 1 << log2_split;
   const int rank = blockIdx.x & (split - 1);

@@ -140,18 +140,18 @@ class UnitLoader {
   __device__ __forceinline__ void LoadX(uint32_t dst) const {
     const int row = thread_ / kChunks, chunk = thread_ % kChunks;
     constexpr int kPass = kThreads / kChunks;  // rows copied at a time
-    const int64_t row_bytes = static_cast<int64_t>(p_.k) * 2;
+    const int64_t pass_bytes = static_cast<int64_t>(p_.k) * (2 * kPass);
     const char* x = reinterpret_cast<const char*>(x_);
     dst += XChunk(row, chunk);
-    const bool whole = rows_ == kTileM && k0_ + kUnitK <= p_.k;
+#pragma unroll 2  // of 16 rows all at once would spill
+    for (int i = 0; i < kTileM; i += kPass, x += pass_bytes) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      // Zeros beyond K, from an address that is not read.
-      const bool exists = whole || k0_ + b * kBlockK + 8 * chunk < p_.k;
-#pragma unroll
-      for (int i = 0; i < kTileM; i += kPass)
+      for (int b = 0; b < kBlocks; ++b) {
+        // Zeros beyond K, from an address that is not read.
         CopyAsyncShared((dst ^ (i % 8 * 16)) + b * XBytes(kTileM, 1) + i * (kBlockK * 2),
-                        x + b * (kBlockK * 2) + i * row_bytes, whole || i + row < rows_, exists);
+                        x + b * (kBlockK * 2), i + row < rows_,
+                        k0_ + b * kBlockK + 8 * chunk < p_.k);
+      }
     }
   }
 
