@@ -265,7 +265,7 @@ class StageLoader {
 #endif
   }
 
-  // Zeros beyond K.
+  // Zeros beyond K. Where there are tensor copies it takes few rows.
   __device__ __forceinline__ void CopyX(uint32_t stage, const Places& at, bool whole) const {
     const char* x = reinterpret_cast<const char*>(x_);
 #pragma unroll
