@@ -65,11 +65,19 @@ __device__ __forceinline__ StageOffsets FindOffsets(uint32_t lane) {
 // sum(x) of 8 tokens over Dequantizer's step, as accumulators hold it: of token lane % 4 * 2 + i %
 // 2 at the step of row half i / 2. x is operand B of kSteps mma steps. As operand A, that of two
 // steps has a token in every row and half of K in rows 0 .. 7 and 8 .. 15, so that one mma sums
-// both.
-template <typename T, int kSteps>
+// both; but two steps alone, of no other tokens, are summed sooner as operand B.
+template <typename T, int kSteps, int kTokenBlocks>
 __device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], float (&sum)[4]) {
   using D = Dequantizer<T>;
   static_assert(kSteps % 2 == 0);
+  if constexpr (kSteps == 2 && kTokenBlocks == 1) {
+    constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
+                                   D::InverseStep(1)};
+    const float none[4] = {};
+    Mma<T>(sum, kOnes, x[0][0], x[0][1], none);
+    Mma<T>(sum, kOnes, x[1][0], x[1][1], sum);
+    return;
+  }
   float rows[4] = {};
 #pragma unroll
   for (int s = 0; s < kSteps; s += 2) {
@@ -120,7 +128,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
     if constexpr (kAffine) {
 #pragma unroll
       for (int j = 0; j < kTokenBlocks; ++j) {
-        SumTokens<T>(x[j], sum[j]);
+        SumTokens<T, kSteps, kTokenBlocks>(x[j], sum[j]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) minus[j][i] = -(kSymmetricZero + D::kOffset) * sum[j][i];
       }
