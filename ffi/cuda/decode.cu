@@ -117,6 +117,7 @@ Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, co
                                .experts = ExpertParamsOf(p, e, config.tile_n),
                                .table_bytes = shared.table_bytes,
                                .partial_bytes = shared.partial_bytes};
+  params.decode.stage_bytes = shared.stage_bytes;
   const int64_t tiles = MostExpertTiles(p.m, e.count, config.tile_m) * params.experts.tiles_n;
   // The kernel may choose narrower tiles, at most twice as many.
   if (2 * tiles + INT_MAX / 4 > INT_MAX)

@@ -76,20 +76,25 @@ inline constexpr int kBarrierBytes = 16;
 // The last of a stage: the mbarrier that counts the bytes of x.
 inline constexpr int kStageBarrierBytes = 8;
 
-// Stages and all that lies between begin at multiples of 1,024 bytes, after which the swizzle
-// repeats.
+// Stages, and all that lies between, begin at multiples of 1,024 bytes for tensor copies, whose
+// swizzle repeats after as many; for others at multiples of 128.
 W4A16_HD constexpr int Align1024(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+W4A16_HD constexpr int Align128(int bytes) { return (bytes + 127) / 128 * 128; }
 
 W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
   const int sums = split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
   return split_k == 1 ? 0 : Align1024(kBarrierBytes + sums);
 }
 
-constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {
+// What a stage holds, but for its barrier.
+constexpr int StageOperandBytes(const Problem& p, const Config& c) {
   const int scale_rows = StageParts(p, c.blocks) * (p.has_zeros ? 2 : 1);
-  const int stage =
-      Align1024(c.blocks * c.tile_n / kBlockN * kBlockBytes + XBytes(c.tile_m, c.blocks) +
-                scale_rows * c.tile_n * 2 + kStageBarrierBytes);
+  return c.blocks * c.tile_n / kBlockN * kBlockBytes + XBytes(c.tile_m, c.blocks) +
+         scale_rows * c.tile_n * 2;
+}
+
+constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config& c) {
+  const int stage = Align1024(StageOperandBytes(p, c) + kStageBarrierBytes);
   const int ring = c.stages * stage;
   const int partial = Align1024(c.tile_m * PartialStride(c.tile_n) * 4);
   const int warp = ring > partial ? ring : partial;

@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(kRaggedThreads, 1)
     RaggedDecodeKernel(const __grid_constant__ RaggedDecodeParams params) {
   static_assert(kTileN % kBlockN == 0 && kTileM % 8 == 0 && kTileM <= 32);
   if (kTuring && kTileN * kTileM > kTuringOutputs) return;  // never launched
-  extern __shared__ __align__(1024) char shared[];
+  extern __shared__ __align__(128) char shared[];
   const DecodeParams& p = params.decode;
   const ExpertParams& e = params.experts;
   ExpertEnd* const table = reinterpret_cast<ExpertEnd*>(shared);

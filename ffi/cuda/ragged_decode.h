@@ -23,9 +23,9 @@ struct RaggedDecodeSharedMemory {
 
 constexpr RaggedDecodeSharedMemory SharedMemoryOfRaggedDecode(const Problem& p, int64_t experts,
                                                               const Config& c) {
-  const int stage = SharedMemoryOfDecode(p, c).stage_bytes;
-  const int partial = Align1024(c.tile_m * PartialStride(c.tile_n) * 4);
-  const int table = Align1024(static_cast<int>(experts) * 8);
+  const int stage = Align128(StageOperandBytes(p, c));
+  const int partial = Align128(c.tile_m * PartialStride(c.tile_n) * 4);
+  const int table = Align128(static_cast<int>(experts) * 8);
   return {table, partial, stage, table + int64_t{c.warps} * (partial + c.stages * stage)};
 }
 
