@@ -1,5 +1,5 @@
-// Thin wrappers of the Hopper (sm_90a) instructions that gemm_wgmma.cuh, gemm_persistent.cuh and, on
-// Hopper, decode.cuh are made of: mbarriers, bulk and tensor copies, clusters, wgmma. One instruction each; the ordering
+// Thin wrappers of the Hopper (sm_90a) instructions of gemm_wgmma.cuh, gemm_persistent.cuh and
+// decode.cuh: mbarriers, bulk and tensor copies, clusters, wgmma. One instruction each; the ordering
 // rules are the caller's. Shared memory is named by its 32-bit address.
 #pragma once
 
