@@ -1,5 +1,5 @@
 // Thin wrappers of the Hopper (sm_90a) instructions of gemm_wgmma.cuh, gemm_persistent.cuh and
-// decode.cuh: mbarriers, bulk and tensor copies, clusters, wgmma. One instruction each; the ordering
+// decode.cuh: mbarriers, bulk and tensor copies, clusters, wgmma. One instruction each; ordering
 // rules are the caller's. Shared memory is named by its 32-bit address.
 #pragma once
 
