@@ -4,9 +4,8 @@
 #   sanitize.sh BUILD_FOLDER [CASES_PER_FAMILY]
 #
 # The folder holds w4a16 and tests/native/{fuzz,sanitizer_control}, built with -DW4A16_TESTS=ON -DW4A16_RACECHECK=ON:
-# racecheck does not see that one lane's arrival on a barrier stands for its warp (S2 in gemm_wgmma.cuh and gemm_persistent.cuh)
-# nor, in decode.cuh, the one barrier of the whole CTA (BAR.SYNC 0 on every path of the machine code) between a team's
-# stores and another's loads.
+# racecheck does not see that one lane's arrival on a barrier stands for its warp (S2 in gemm_wgmma.cuh and
+# gemm_persistent.cuh).
 set -uo pipefail
 build=$1
 cases=${2:-40}
