@@ -4,6 +4,7 @@ import ctypes
 from ctypes import POINTER, Structure, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+EPILOGUES = {None: 0, "add_norm": 1, "swiglu": 2}
 
 
 class Status(Structure):
@@ -25,6 +26,7 @@ class Problem(Structure):
         ("has_zeros", c_int32),
         ("has_bias", c_int32),
         ("batch_invariant", c_int32),
+        ("epilogue", c_int),
     ]
 
 
@@ -41,6 +43,12 @@ class Operands(Structure):
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
         ("alpha", c_float),
+        ("residual", c_void_p),
+        ("norm_scale", c_void_p),
+        ("scaled", c_void_p),
+        ("squares", c_void_p),
+        ("num_squares", c_int64),
+        ("epsilon", c_float),
     ]
 
 

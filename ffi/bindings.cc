@@ -23,11 +23,18 @@ void ThrowIfFailed(const w4a16_status& status) {
   if (status.code != W4A16_OK) throw nb::value_error(status.message);
 }
 
-// Calls `body(problem, device)` with the arguments that the three look-ups share.
+w4a16_epilogue ParseEpilogue(const std::string& name) {
+  w4a16_epilogue epilogue = W4A16_NO_EPILOGUE;
+  if (name != "none" && !w4a16::FindEpilogue(name, &epilogue))
+    throw nb::value_error(("epilogue: expected none, add_norm or swiglu, got " + name).c_str());
+  return epilogue;
+}
+
+// Calls `body(problem, device)` with the arguments that the look-ups share.
 template <typename Body>
 auto WithProblem(int64_t m, int64_t n, int64_t k, int64_t group_size, const std::string& x_dtype,
                  const std::string& out_dtype, bool has_zeros, bool has_bias, bool batch_invariant,
-                 int compute_capability, int num_sms, Body&& body) {
+                 int compute_capability, int num_sms, const std::string& epilogue, Body&& body) {
   const w4a16_problem problem = {m,
                                  n,
                                  k,
@@ -36,7 +43,8 @@ auto WithProblem(int64_t m, int64_t n, int64_t k, int64_t group_size, const std:
                                  ParseDType(out_dtype),
                                  has_zeros,
                                  has_bias,
-                                 batch_invariant};
+                                 batch_invariant,
+                                 ParseEpilogue(epilogue)};
   const w4a16_device device = {compute_capability, num_sms};
   return body(problem, device);
 }
@@ -111,10 +119,11 @@ NB_MODULE(_w4a16, m) {
       "select",
       [](int64_t m, int64_t n, int64_t k, int64_t group_size, const std::string& x_dtype,
          const std::string& out_dtype, bool has_zeros, bool has_bias, bool batch_invariant,
-         int compute_capability, int num_sms, int64_t workspace_limit) {
+         int compute_capability, int num_sms, const std::string& epilogue,
+         int64_t workspace_limit) {
         return WithProblem(
             m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, [&](const auto& problem, const auto& device) {
+            compute_capability, num_sms, epilogue, [&](const auto& problem, const auto& device) {
               const char* config = nullptr;
               int64_t bytes = 0;
               ThrowIfFailed(w4a16_select(&problem, &device, workspace_limit, &config));
@@ -124,15 +133,16 @@ NB_MODULE(_w4a16, m) {
       },
       nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"), nb::arg("x_dtype"),
       nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"), nb::arg("batch_invariant"),
-      nb::arg("compute_capability"), nb::arg("num_sms"), nb::arg("workspace_limit") = -1);
+      nb::arg("compute_capability"), nb::arg("num_sms"), nb::arg("epilogue") = "none",
+      nb::arg("workspace_limit") = -1);
   m.def(
       "workspace_bytes",
       [](const std::string& config, int64_t m, int64_t n, int64_t k, int64_t group_size,
          const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         bool batch_invariant, int compute_capability, int num_sms) {
+         bool batch_invariant, int compute_capability, int num_sms, const std::string& epilogue) {
         return WithProblem(
             m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, [&](const auto& problem, const auto& device) {
+            compute_capability, num_sms, epilogue, [&](const auto& problem, const auto& device) {
               int64_t bytes = 0;
               ThrowIfFailed(w4a16_workspace_bytes(&problem, &device, config.c_str(), &bytes));
               return bytes;
@@ -140,15 +150,16 @@ NB_MODULE(_w4a16, m) {
       },
       nb::arg("config"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
       nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
-      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"));
+      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
+      nb::arg("epilogue") = "none");
   m.def(
       "can_implement",
       [](const std::string& config, int64_t m, int64_t n, int64_t k, int64_t group_size,
          const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         bool batch_invariant, int compute_capability, int num_sms) {
+         bool batch_invariant, int compute_capability, int num_sms, const std::string& epilogue) {
         return WithProblem(
             m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms,
+            compute_capability, num_sms, epilogue,
             [&](const auto& problem, const auto& device) -> std::optional<std::string> {
               const w4a16_status status = w4a16_can_implement(&problem, &device, config.c_str());
               if (status.code == W4A16_OK) return std::nullopt;
@@ -159,15 +170,15 @@ NB_MODULE(_w4a16, m) {
       nb::arg("config"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
       nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
       nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
-      "Why `config` cannot serve the problem, or None if it can.");
+      nb::arg("epilogue") = "none", "Why `config` cannot serve the problem, or None if it can.");
   m.def(
       "ragged_select",
       [](int64_t experts, int64_t m, int64_t n, int64_t k, int64_t group_size,
          const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         bool batch_invariant, int compute_capability, int num_sms) {
+         bool batch_invariant, int compute_capability, int num_sms, const std::string& epilogue) {
         return WithProblem(
             m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, [&](const auto& problem, const auto& device) {
+            compute_capability, num_sms, epilogue, [&](const auto& problem, const auto& device) {
               const char* config = nullptr;
               ThrowIfFailed(w4a16_ragged_select(&problem, experts, &device, &config));
               return config;
@@ -175,15 +186,17 @@ NB_MODULE(_w4a16, m) {
       },
       nb::arg("experts"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
       nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
-      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"));
+      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
+      nb::arg("epilogue") = "none");
   m.def(
       "ragged_can_implement",
       [](const std::string& config, int64_t experts, int64_t m, int64_t n, int64_t k,
          int64_t group_size, const std::string& x_dtype, const std::string& out_dtype,
-         bool has_zeros, bool has_bias, bool batch_invariant, int compute_capability, int num_sms) {
+         bool has_zeros, bool has_bias, bool batch_invariant, int compute_capability, int num_sms,
+         const std::string& epilogue) {
         return WithProblem(
             m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms,
+            compute_capability, num_sms, epilogue,
             [&](const auto& problem, const auto& device) -> std::optional<std::string> {
               const w4a16_status status =
                   w4a16_ragged_can_implement(&problem, experts, &device, config.c_str());
@@ -195,5 +208,5 @@ NB_MODULE(_w4a16, m) {
       nb::arg("config"), nb::arg("experts"), nb::arg("m"), nb::arg("n"), nb::arg("k"),
       nb::arg("group_size"), nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"),
       nb::arg("has_bias"), nb::arg("batch_invariant"), nb::arg("compute_capability"),
-      nb::arg("num_sms"));
+      nb::arg("num_sms"), nb::arg("epilogue") = "none");
 }

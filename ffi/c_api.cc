@@ -125,7 +125,8 @@ Status CheckWeight(int64_t k, int64_t n, int64_t group_size, const uint32_t* qwe
                      .out_dtype = scale_dtype,
                      .has_zeros = zeros != nullptr,
                      .has_bias = 0,
-                     .batch_invariant = 0};
+                     .batch_invariant = 0,
+                     .epilogue = W4A16_NO_EPILOGUE};
   if (Status s = CheckProblem(p); !s.ok()) return s;
   const int64_t elements = NumGroups(p) * n;
   for (const Status& s :
@@ -220,6 +221,8 @@ w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_operands* o
   return Guard([&]() -> Status {
     if (Status s = CheckCall(problem, operands, "operands"); !s.ok()) return s;
     if (Status s = CheckOperands(*problem, *operands); !s.ok()) return s;
+    if (problem->epilogue != W4A16_NO_EPILOGUE)
+      return Status::Unsupported("epilogue: the CPU kernels have none");
     return OnExecutor(executor, [&](cpu::Executor& e) { cpu::Dot(*problem, *operands, e); });
   });
 }

@@ -194,6 +194,13 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
                               " and " + DTypeName(p.x_dtype));
   if (p.batch_invariant && !SumsInOneOrder(p, cc, config))
     return Refuse(config, "sums in an order of its own; a batch-invariant result needs one order");
+  if (p.epilogue != W4A16_NO_EPILOGUE) {
+    if (config.family != Family::kDecode || cc < 80)
+      return Refuse(config, "epilogues are compiled into decode alone, for 8.0 and later");
+    if (StageParts(p, config.blocks) > config.blocks)
+      return Refuse(config,
+                    "epilogues are compiled for K of whole 8 and groups of whole 64 codes alone");
+  }
   if (config.family == Family::kDecode) {
     if (config.split_k > 1 && !HasClusters(cc))
       return Refuse(config, "split-K is a cluster, compiled for compute capability 9.0 alone");

@@ -1,6 +1,8 @@
 // One matrix multiplication, as the library sees it: the static problem and its operands.
 #pragma once
 
+#include <string_view>
+
 #include "layout.h"
 #include "status.h"
 #include "w4a16.h"
@@ -15,6 +17,14 @@ using Device = w4a16_device;
 constexpr int DTypeBytes(DType t) { return t == W4A16_F32 ? 4 : 2; }
 constexpr const char* DTypeName(DType t) {
   return t == W4A16_F16 ? "float16" : t == W4A16_BF16 ? "bfloat16" : "float32";
+}
+
+// By the names that JAX's side gives them: "add_norm", "swiglu". False: there is no such.
+inline bool FindEpilogue(std::string_view name, w4a16_epilogue* epilogue) {
+  *epilogue = name == "add_norm" ? W4A16_ADD_NORM
+              : name == "swiglu" ? W4A16_SWIGLU
+                                 : W4A16_NO_EPILOGUE;
+  return *epilogue != W4A16_NO_EPILOGUE;
 }
 
 constexpr int64_t NumGroups(int64_t k, int64_t group_size) {

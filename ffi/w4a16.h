@@ -49,6 +49,13 @@ typedef enum {
   W4A16_NO_DTYPE = -0x7fffffff - 1 /* makes room for any int, which a call then refuses */
 } w4a16_dtype;
 
+/* What becomes of a product y before it is stored. */
+typedef enum {
+  W4A16_NO_EPILOGUE = 0,
+  W4A16_ADD_NORM = 1, /* out = residual + y, and what the next RMSNorm needs of it */
+  W4A16_SWIGLU = 2    /* out = silu(gate) * up of y's columns, after the factor of an RMSNorm */
+} w4a16_epilogue;
+
 /* The static part of a call. */
 typedef struct {
   int64_t m, n, k;
@@ -59,9 +66,20 @@ typedef struct {
   int32_t has_bias;
   int32_t
       batch_invariant; /* a row's result must not depend on M or on the other rows, to the bit */
+  w4a16_epilogue epilogue; /* CUDA's decode kernels alone; then out is of x_dtype, N % 16 == 0, and
+                              there is no bias */
 } w4a16_problem;
 
-/* The arrays of a call. */
+/* The arrays of a call.
+ *
+ * W4A16_ADD_NORM: out = residual + y, rounded; scaled = out * norm_scale; squares[m][b] is the sum
+ * of the squares of out[m][16 b ... 16 b + 15], num_squares = N / 16. RMSNorm(out) * norm_scale is
+ * then scaled / sqrt(sum of a row's squares / N + epsilon), and that factor may come after a
+ * product.
+ *
+ * W4A16_SWIGLU: of each 16 columns of y the first 8 are gate's, the others up's; out is [M, N / 2].
+ * If squares is not NULL, y is divided by sqrt(sum of a row's num_squares squares / K + epsilon).
+ */
 typedef struct {
   const void* x;
   const uint32_t* qweight;
@@ -72,6 +90,12 @@ typedef struct {
   void* workspace; /* w4a16_workspace_bytes() bytes; contents do not matter */
   int64_t workspace_bytes;
   float alpha;
+  const void* residual;   /* [M, N], NULL unless W4A16_ADD_NORM */
+  const void* norm_scale; /* [N], likewise */
+  void* scaled;           /* [M, N], likewise */
+  float* squares;         /* [M, num_squares], written by W4A16_ADD_NORM, read by W4A16_SWIGLU */
+  int64_t num_squares;
+  float epsilon;
 } w4a16_operands;
 
 /* What the choice of a kernel depends on. */
@@ -134,7 +158,7 @@ W4A16_API w4a16_status w4a16_run_cpu(const w4a16_problem* problem, const w4a16_o
  * qweight, scales and zeros hold `experts` (at most 65536) weights one after the other. Rows beyond
  * the sum of group_sizes give zeros; a negative size counts as 0, and what exceeds M is cut off.
  * group_sizes are int32[experts], on the device for _cuda, which never reads them on the host.
- * problem's has_bias and batch_invariant must be 0; no workspace is needed. */
+ * problem's has_bias, batch_invariant and epilogue must be 0; no workspace is needed. */
 W4A16_API w4a16_status w4a16_ragged_select(const w4a16_problem* problem, int64_t experts,
                                            const w4a16_device* device, const char** config);
 W4A16_API w4a16_status w4a16_ragged_can_implement(const w4a16_problem* problem, int64_t experts,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import device_of
 
 import jax_w4a16  # noqa: F401  registers the targets
 
@@ -83,6 +84,32 @@ RAGGED = Call(
     {"out": struct((M, N))},
     {"group_size": I64(G), "has_zeros": True, "config": "auto"},
 )
+ADD_NORM = Call(
+    "w4a16_fused_dot",
+    {
+        **{k: DOT.operands[k] for k in ("x", "qweight", "scales", "zeros")},
+        "residual": array((M, N), value=8),
+        "norm_scale": array((N,), value=2),
+    },
+    {"out": struct((M, N)), "scaled": struct((M, N)), "squares": struct((M, N // 16), jnp.float32)},
+    {
+        "group_size": I64(G),
+        "epsilon": np.float32(0),
+        "has_zeros": True,
+        "has_squares": False,
+        "epilogue": "add_norm",
+        "config": "auto",
+    },
+)
+SWIGLU = Call(
+    "w4a16_fused_dot",
+    {
+        **{k: DOT.operands[k] for k in ("x", "qweight", "scales", "zeros")},
+        "squares": array((M, 8), jnp.float32, K / 8 * 2**10),
+    },
+    {"out": struct((M, N // 2))},
+    ADD_NORM.attributes | {"has_squares": True, "epilogue": "swiglu"},
+)
 PACK = Call(
     "w4a16_pack", {"codes": array((K, N), jnp.uint8, 9)}, {"qweight": struct(QWEIGHT, jnp.uint32)}, {}
 )
@@ -108,6 +135,11 @@ def check_good(call: Call) -> None:
     """The good call's first result, against the value it must have."""
     out = np.asarray(call.run()[0])
     if call.target == "w4a16_dot":
+        np.testing.assert_array_equal(out.astype(np.float32), K * (9 - 7) + 8)
+    elif call.target == "w4a16_fused_dot" and "squares" in call.operands:
+        y = K * (9 - 7) / 2**5
+        np.testing.assert_array_equal(out.astype(np.float32), y * y)
+    elif call.target == "w4a16_fused_dot":
         np.testing.assert_array_equal(out.astype(np.float32), K * (9 - 7) + 8)
     elif call.target == "w4a16_ragged_dot":
         np.testing.assert_array_equal(out[:2].astype(np.float32), K * (9 - 7))
@@ -249,6 +281,54 @@ def ragged_cases():
     yield "ragged_has_zeros", "operands", RAGGED.replace("attributes", has_zeros=False)
 
 
+def fused_cases():
+    operand = {
+        "x_rank_0": ("out", {"x": array(())}),
+        "x_rows": ("out", {"x": array((M + 1, K))}),
+        "x_int": ("x", {"x": array((M, K), jnp.int16)}),
+        "x_float16": ("out", {"x": array((M, K), jnp.float16)}),
+        "scales_few_groups": ("scales", {"scales": ADD_NORM.operands["scales"][:1]}),
+        "zeros_missing": ("operand", {"zeros": None}),
+        "one_operand_too_many": ("operands", {"more": array((1,))}),
+        "residual_rows": ("residual", {"residual": array((M + 1, N))}),
+        "residual_rank": ("residual", {"residual": array((N,))}),
+        "residual_float32": ("residual", {"residual": array((M, N), jnp.float32)}),
+        "norm_scale_long": ("norm_scale", {"norm_scale": array((N + 16,))}),
+        "norm_scale_float16": ("norm_scale", {"norm_scale": array((N,), jnp.float16)}),
+    }
+    for name, (match, change) in operand.items():
+        yield f"add_norm_{name}", match, ADD_NORM.replace("operands", **change)
+    result = {
+        "out_columns": ("qweight", {"out": struct((M, N + 16))}),
+        "out_float32": ("out", {"out": struct((M, N), jnp.float32)}),
+        "scaled_float32": ("scaled", {"scaled": struct((M, N), jnp.float32)}),
+        "scaled_rows": ("scaled", {"scaled": struct((M + 1, N))}),
+        "squares_blocks": ("squares", {"squares": struct((M, N // 16 + 1), jnp.float32)}),
+        "squares_bfloat16": ("squares", {"squares": struct((M, N // 16))}),
+        "squares_missing": ("results", {"squares": None}),
+    }
+    for name, (match, change) in result.items():
+        yield f"add_norm_{name}", match, ADD_NORM.replace("results", **change)
+    operand = {
+        "squares_rows": ("squares", {"squares": array((M + 1, 8), jnp.float32)}),
+        "squares_odd": ("num_squares", {"squares": array((M, 6), jnp.float32)}),
+        "squares_rank_0": ("squares", {"squares": array((), jnp.float32)}),
+        "squares_bfloat16": ("squares", {"squares": array((M, 8))}),
+        "squares_missing": ("squares", {"squares": None}),
+    }
+    for name, (match, change) in operand.items():
+        yield f"swiglu_{name}", match, SWIGLU.replace("operands", **change)
+    yield "swiglu_out_whole", "qweight", SWIGLU.replace("results", out=struct((M, N)))
+    yield "swiglu_results", "results", SWIGLU.replace("results", more=struct((M, N)))
+    attribute = {
+        "group_size": ("group_size", {"group_size": I64(0)}),
+        "epilogue": ("epilogue", {"epilogue": "softmax"}),
+        "has_squares": ("operands", {"has_squares": False}),
+    }
+    for name, (match, change) in attribute.items():
+        yield f"swiglu_{name}", match, SWIGLU.replace("attributes", **change)
+
+
 def other_cases():
     q, s, z = (DOT.operands[k] for k in ("qweight", "scales", "zeros"))
     yield "pack_rank", "codes", PACK.replace("operands", codes=array((K, N, 1), jnp.uint8))
@@ -279,6 +359,9 @@ CASES = [*dot_cases(), *ragged_cases(), *other_cases()]
 GOOD = {call.target: call for call in (DOT, RAGGED, PACK, DEQUANTIZE, QUANTIZE)}
 
 
+FUSED_CASES = list(fused_cases())
+
+
 def test_enough_cases():
     assert len(CASES) >= 60
     assert len({name for name, _, _ in CASES}) == len(CASES)
@@ -295,6 +378,18 @@ def test_malformed_call(match, call, kernel):
         call.run()
     assert "INVALID_ARGUMENT" in str(error.value)
     check_good(GOOD[call.target])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("match", "call"), [c[1:] for c in FUSED_CASES], ids=[c[0] for c in FUSED_CASES])
+def test_malformed_fused_call(match, call):
+    """There is no handler but the GPU's."""
+    with jax.default_device(device_of("cuda")):
+        with pytest.raises(Exception, match=match) as error:
+            call.run()
+        assert "INVALID_ARGUMENT" in str(error.value)
+        check_good(ADD_NORM)
+        check_good(SWIGLU)
 
 
 @pytest.mark.parametrize("good", [DOT, RAGGED], ids=["dot", "ragged"])

@@ -16,6 +16,7 @@ from jax_w4a16 import _w4a16
 
 F16, BF16, F32 = 0, 1, 2
 OK, INVALID, UNSUPPORTED = 0, 1, 2
+ADD_NORM, SWIGLU = 1, 2
 
 
 class Status(c.Structure):
@@ -33,6 +34,7 @@ class Problem(c.Structure):
         ("has_zeros", c.c_int32),
         ("has_bias", c.c_int32),
         ("batch_invariant", c.c_int32),
+        ("epilogue", c.c_int),
     ]
 
 
@@ -41,6 +43,9 @@ class Operands(c.Structure):
         *((name, c.c_void_p) for name in ("x", "qweight", "scales", "zeros", "bias", "out", "workspace")),
         ("workspace_bytes", c.c_int64),
         ("alpha", c.c_float),
+        *((name, c.c_void_p) for name in ("residual", "norm_scale", "scaled", "squares")),
+        ("num_squares", c.c_int64),
+        ("epsilon", c.c_float),
     ]
 
 
@@ -158,6 +163,79 @@ def test_operand_that_the_problem_does_not_have(library):
         assert f"{field}: expected null" in status.message.decode()
 
 
+class FusedCall(Call):
+    """A call with an epilogue, all of whose operands are there."""
+
+    def __init__(self, epilogue):
+        super().__init__()
+        self.problem.epilogue = epilogue
+        names = ["squares"] + ["residual", "norm_scale", "scaled"] * (epilogue == ADD_NORM)
+        self.arrays |= {name: aligned(np.zeros((M, N), np.float32)) for name in names}
+        for name in names:
+            setattr(self.operands, name, self.arrays[name].ctypes.data)
+        self.operands.num_squares = N // 16 if epilogue == ADD_NORM else 4
+
+
+@pytest.mark.parametrize("epilogue", [ADD_NORM, SWIGLU])
+def test_epilogues_are_for_gpus(library, epilogue):
+    call = FusedCall(epilogue)
+    status = call.run(library)
+    assert (status.code, status.message) == (UNSUPPORTED, b"epilogue: the CPU kernels have none")
+    np.testing.assert_array_equal(call.arrays["out"], 0)
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "part", "field", "value", "message"),
+    [
+        (ADD_NORM, "problem", "epilogue", 3, "epilogue = 3: unknown"),
+        (ADD_NORM, "problem", "epilogue", -1, "epilogue = -1: unknown"),
+        (ADD_NORM, "problem", "has_bias", 1, "has_bias"),
+        (ADD_NORM, "problem", "out_dtype", F32, "out_dtype"),
+        (SWIGLU, "problem", "n", 24, "N = 24: expected a multiple of 16"),
+        (ADD_NORM, "operands", "residual", None, "residual: expected a pointer"),
+        (ADD_NORM, "operands", "norm_scale", None, "norm_scale: expected a pointer"),
+        (ADD_NORM, "operands", "scaled", None, "scaled: expected a pointer"),
+        (ADD_NORM, "operands", "squares", None, "squares: expected a pointer"),
+        (ADD_NORM, "operands", "residual", 8, "residual: expected an address aligned"),
+        (ADD_NORM, "operands", "num_squares", 1, "num_squares = 1: expected N / 16"),
+        (SWIGLU, "operands", "num_squares", -1, "num_squares = -1"),
+        (SWIGLU, "operands", "num_squares", 6, "num_squares = 6: expected a multiple of 4"),
+        (SWIGLU, "operands", "num_squares", 2**62, "num_squares = "),
+        (SWIGLU, "operands", "squares", 4, "squares: expected an address aligned"),
+        (SWIGLU, "operands", "residual", 16, "expected null, because the epilogue has none"),
+        (0, "operands", "squares", 16, "squares: expected null"),
+    ],
+)
+def test_malformed_epilogue(library, epilogue, part, field, value, message):
+    call = FusedCall(ADD_NORM) if epilogue == 0 else FusedCall(epilogue)
+    if epilogue == 0:
+        call.problem.epilogue = 0
+        call.operands.residual = call.operands.norm_scale = call.operands.scaled = None
+    target = getattr(call, part)
+    if part == "operands" and field != "num_squares" and value is not None:
+        value += call.operands.out
+    setattr(target, field, value)
+    status = call.run(library)
+    assert status.code == INVALID
+    assert message in status.message.decode()
+    np.testing.assert_array_equal(call.arrays["out"], 0)
+
+
+@pytest.mark.parametrize("epilogue", [ADD_NORM, SWIGLU])
+def test_decode_alone_has_epilogues(library, epilogue):
+    """Whatever M is, and on no GPU before compute capability 8.0."""
+    problem, config = Problem(1, 4096, 4096, 128, F16, F16, 0, 0, 0, epilogue), c.c_char_p()
+    select = lambda device: library.w4a16_select(
+        c.byref(problem), c.byref(device), c.c_int64(-1), c.byref(config)
+    )
+    for m in (1, 16, 300):
+        problem.m = m
+        assert select(Device(90, 132)).code == OK
+        assert config.value is not None
+        assert config.value.startswith(b"decode_")
+    assert select(Device(75, 40)).code == UNSUPPORTED
+
+
 def test_null_structs(library):
     call = Call()
     assert library.w4a16_run_cpu(None, c.byref(call.operands), None).code == INVALID
@@ -267,6 +345,7 @@ def test_select_through_c(library):
         (1, "odd", {}, "group_sizes: expected an address aligned"),
         (1, "good", {"has_bias": 1}, "has_bias"),
         (1, "good", {"batch_invariant": 1}, "batch_invariant"),
+        (1, "good", {"epilogue": SWIGLU}, "epilogue: a ragged product has none"),
         (1, "good", {"group_size": 33}, "group_size = 33"),
         (2**16, "good", {"n": 2**30, "k": 2**30}, "experts = 65536"),
     ],

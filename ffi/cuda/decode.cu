@@ -40,7 +40,7 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
                                                 static_cast<uint64_t>(group_size)),
       .group_shift = shift - 1,
       .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
-      .received_bytes = ReceivedBytes(config.tile_n, config.tile_m, config.split_k),
+      .head_bytes = HeadBytes(p, config),
       .stage_bytes = shared.stage_bytes,
       .warp_bytes = shared.warp_bytes,
       .x_tensor = tensor_copies && p.k % 8 == 0 && p.k > 0 && p.m > kFewRows,
@@ -48,6 +48,13 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
       .n_aligned = p.n % 8 == 0,
       .out_float32 = p.out_dtype == W4A16_F32,
       .alpha = o.alpha,
+      .num_squares = o.squares == nullptr ? 0 : static_cast<int>(o.num_squares),
+      .epsilon = o.epsilon,
+      .inverse_k = 1.0f / static_cast<float>(p.k),
+      .residual = o.residual,
+      .norm_scale = o.norm_scale,
+      .scaled = o.scaled,
+      .squares = o.squares,
   };
 }
 
@@ -91,8 +98,16 @@ Status LaunchDecode(const Config& config, const void* function, void** args, int
 Status RunDecode(const Problem& p, const Operands& o, const Config& config, const Device& device,
                  cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return {};
-  const auto find = p.x_dtype == W4A16_F16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
-  const void* function = find(config, p.has_zeros, StageParts(p, config.blocks));
+  const bool f16 = p.x_dtype == W4A16_F16;
+  const int parts = StageParts(p, config.blocks);
+  const void* function;
+  if (p.epilogue == W4A16_NO_EPILOGUE) {
+    const auto find = f16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
+    function = find(config, p.has_zeros, parts);
+  } else {
+    const auto find = f16 ? FindFusedDecodeKernelF16 : FindFusedDecodeKernelBf16;
+    function = find(config, p.has_zeros, parts, p.epilogue);
+  }
   DecodeParams params = DecodeParamsOf(p, o, config, device.compute_capability == 90);
   const int64_t ctas = CeilDiv(p.m, config.tile_m) * CeilDiv(p.n, config.tile_n) * config.split_k;
   if (ctas > INT_MAX)

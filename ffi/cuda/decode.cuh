@@ -70,7 +70,7 @@
 // All sums run in a fixed order: units within a warp, warps within a CTA, CTAs within a cluster.
 #pragma once
 
-#include "decode_stage.cuh"
+#include "decode_epilogue.cuh"
 #include "ptx_sm90.cuh"
 
 namespace w4a16 {
@@ -347,15 +347,8 @@ class StageLoader {
   const T* scales_;
 };
 
-// Four neighbouring columns of one token.
-struct Quad {
-  int exists;      // in the tile and its rows
-  int n;           // the first column
-  uint32_t terms;  // the first warp's sums, in shared memory
-  int64_t out;     // element of out
-};
-
-template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts>
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts,
+          w4a16_epilogue kEpilogue>
 __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBlocks), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p,
                  const __grid_constant__ CUtensorMap x_map) {
@@ -385,7 +378,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
   Hold<kHold>(end), Hold<kHold>(step);
 
-  const uint32_t partials = SharedAddress(shared) + p.received_bytes;
+  const uint32_t factors = SharedAddress(shared), partials = factors + p.head_bytes;
   const uint32_t ring_address = partials + warp * p.warp_bytes;
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
@@ -400,6 +393,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     loader.LoadX(ring_address, loader.IsWhole());
     loader.LoadScales(ring_address);
   }
+  const int rows = min(kTileM, p.m - m0);
+  PrepareEpilogue<T, kEpilogue, kTileN>(p, n0, m0, rows);
   CopyAsyncCommit();
 #pragma unroll 1
   for (int s = 1; s < kStages; ++s) {
@@ -409,15 +404,15 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     CopyAsyncCommit();
   }
 
-  const int rows = min(kTileM, p.m - m0);
   // Outputs go in quads: 4 columns of one token.
   constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
 #if __CUDA_ARCH__ >= 900
-  // Every split-th quad of a token is this CTA's to sum.
-  const int share = (kQuads + split - 1) >> log2_split;
-  const uint32_t barrier = SharedAddress(shared), received = barrier + kBarrierBytes;
+  // Every split-th block of a token's outputs is this CTA's to sum.
+  const int share = (kTileBlocks + split - 1) >> log2_split << 2;
+  const uint32_t barrier = factors + (kEpilogue == W4A16_SWIGLU ? kFactorBytes : 0);
+  const uint32_t received = barrier + kBarrierBytes;
   if (log2_split > 0) {
-    const int quads = (kQuads - rank + split - 1) >> log2_split;
+    const int quads = (kTileBlocks - rank + split - 1) >> log2_split << 2;
     if (threadIdx.x < 32) {
       if (lane == 0) {
         ptx::MbarrierInit(barrier, 1);
@@ -429,21 +424,21 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     ptx::ClusterArriveRelaxed();
   }
 #endif
-
-  // Without a cluster a thread sums every blockDim-th quad of all warps. Where registers are left
-  // it finds the first, and what leads from one of two stages to the other, before it waits for
-  // copies.
-  constexpr int kStride = PartialStride(kTileN);
+  // Without a cluster a thread finishes every blockDim-th item of the tile. Where registers are
+  // left it finds the first, and what leads from one of two stages to the other, before it waits
+  // for copies.
+  constexpr int kStride = PartialStride(kTileN), kLog2Items = CeilLog2(ItemsOf<kEpilogue>(kQuads));
   constexpr bool kHoldMore = kHold && kTileN * kTileM <= 64 * 16;
   auto find_quad = [&](int idx) {
-    const int token = idx >> kLog2Quads, quad = idx & ((1 << kLog2Quads) - 1);
-    const int n = n0 + 4 * quad;
-    return Quad{.exists = token < rows && quad < kQuads,
+    const int token = idx >> kLog2Items;
+    const int quad = QuadOf<kEpilogue>(idx & ((1 << kLog2Items) - 1)), n = n0 + 4 * quad;
+    const bool exists = kEpilogue == W4A16_NO_EPILOGUE || n < p.n;
+    return Quad{.exists = token < rows && quad < kQuads && exists,
                 .n = n,
                 .terms = partials + 4 * kStride * token + 16 * quad,
-                .out = static_cast<int64_t>(m0 + token) * p.n + n};
+                .out = OutOf<kEpilogue>(p, m0 + token, n)};
   };
-  Quad quad;
+  Quad quad = {};
   uint32_t both_stages = 2 * ring_address + p.stage_bytes;
   if constexpr (kHoldMore) {
     quad = find_quad(threadIdx.x);
@@ -495,17 +490,19 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
                     kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i]);
     }
   }
+  if constexpr (kEpilogue == W4A16_SWIGLU) FindFactors(p, factors, m0, rows);
   if (kHoldMore && log2_split == 0) {
-    uint2 bias = {};  // of the first quad: on its way while the warps meet
-    if (quad.exists) bias = LoadBias<T>(p, quad.n);
+    Addends addends = {};  // of the first quad: on their way while the warps meet
+    if (quad.exists) addends = LoadAddends<T, kEpilogue>(p, quad);
     __syncthreads();  // invariant 4
-    for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
+    for (int idx = threadIdx.x; idx < rows << kLog2Items; idx += blockDim.x) {
       if (idx >= blockDim.x) {
         quad = find_quad(idx);
-        if (quad.exists) bias = LoadBias<T>(p, quad.n);
+        if (quad.exists) addends = LoadAddends<T, kEpilogue>(p, quad);
       }
+      auto sum = [&](int bytes) { return SumQuads(quad.terms + bytes, p.warp_bytes, warps); };
       if (quad.exists)
-        StoreOut<T>(p, quad.out, quad.n, SumQuads(quad.terms, p.warp_bytes, warps), bias);
+        Finish<T, kEpilogue>(p, quad, sum, addends, factors + 4 * (idx >> kLog2Items));
     }
     return;
   }
@@ -524,9 +521,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
       const int token = idx >> kLog2Quads, i = idx & ((1 << kLog2Quads) - 1);
       if (i >= kQuads) continue;
-      const int at = (rank * kTileM + token) * share + (i >> log2_split);
+      const int block = i >> 2, to = block & (split - 1);
+      const int at = (rank * kTileM + token) * share + (block >> log2_split << 2) + i % 4;
       const float4 sum = SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms);
-      const int to = i & (split - 1);
       ptx::StoreAsync(ptx::MapShared(received + 16 * at, to), ptx::MapShared(barrier, to), sum.x,
                       sum.y, sum.z, sum.w);
     }
@@ -535,34 +532,43 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     num_terms = split, term_bytes = kTileM * share * 16, token_bytes = share * 16;
   }
 #endif
-  const int log2_quads = kLog2Quads - log2_split;
-  for (int idx = threadIdx.x; idx < rows << log2_quads; idx += blockDim.x) {
-    const int token = idx >> log2_quads, i = idx & ((1 << log2_quads) - 1);
-    const int n = n0 + 4 * ((i << log2_split) + rank);
-    if (n >= n0 + kTileN) continue;
-    StoreOut<T>(p, static_cast<int64_t>(m0 + token) * p.n + n, n,
-                SumQuads(terms + token * token_bytes + 16 * i, term_bytes, num_terms),
-                LoadBias<T>(p, n));
+  const int log2_items = kLog2Items - log2_split;
+  for (int idx = threadIdx.x; idx < rows << log2_items; idx += blockDim.x) {
+    const int token = idx >> log2_items, i = QuadOf<kEpilogue>(idx & ((1 << log2_items) - 1));
+    const int n = n0 + kBlockN * ((i >> 2 << log2_split) + rank) + 4 * (i % 4);
+    if (n >= n0 + kTileN || (kEpilogue != W4A16_NO_EPILOGUE && n >= p.n)) continue;
+    const Quad own = {.exists = true,
+                      .n = n,
+                      .terms = terms + token * token_bytes + 16 * i,
+                      .out = OutOf<kEpilogue>(p, m0 + token, n)};
+    auto sum = [&](int bytes) { return SumQuads(own.terms + bytes, term_bytes, num_terms); };
+    Finish<T, kEpilogue>(p, own, sum, LoadAddends<T, kEpilogue>(p, own), factors + 4 * token);
   }
 }
 
-template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros>
+template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros,
+          w4a16_epilogue kEpilogue>
 const void* KernelForParts(int parts) {
   constexpr int kMost = 2 * kBlocks;
-  auto kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 2>;
-  if (parts == 1) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 1>;
-  if (parts == kMost) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, kMost>;
+  auto kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 2, kEpilogue>;
+  if (parts == 1) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 1, kEpilogue>;
+  if constexpr (kEpilogue == W4A16_NO_EPILOGUE) {
+    if (parts == kMost)
+      kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, kMost, kEpilogue>;
+  } else {
+    if (parts == kMost) return nullptr;  // CanImplement has refused it
+  }
   return reinterpret_cast<const void*>(kernel);
 }
 
-template <typename T>
+template <typename T, w4a16_epilogue kEpilogue>
 const void* FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, BLOCKS, WARPS, STAGES, SPLIT, ...)                          \
-  static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, true)) && SPLIT * 4 <= N && \
-                (SPLIT & (SPLIT - 1)) == 0);                                           \
-  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.stages == STAGES)      \
-    return has_zeros ? KernelForParts<T, N, M, BLOCKS, STAGES, true>(parts)            \
-                     : KernelForParts<T, N, M, BLOCKS, STAGES, false>(parts);
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, STAGES, SPLIT, ...)                                \
+  static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, true)) && SPLIT * kBlockN <= N && \
+                (SPLIT & (SPLIT - 1)) == 0);                                                 \
+  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.stages == STAGES)            \
+    return has_zeros ? KernelForParts<T, N, M, BLOCKS, STAGES, true, kEpilogue>(parts)       \
+                     : KernelForParts<T, N, M, BLOCKS, STAGES, false, kEpilogue>(parts);
 #define W4A16_WGMMA(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)

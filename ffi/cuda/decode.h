@@ -22,7 +22,7 @@ struct DecodeParams {
   int group_shift;
   // Shared memory:
   int x_rows;  // rows of x that are copied: min(M, tile_m)
-  int received_bytes;
+  int head_bytes;
   int stage_bytes;
   int warp_bytes;  // one warp's ring of stages, later its partial tile
   bool x_tensor;   // x comes by tensor copies
@@ -30,6 +30,13 @@ struct DecodeParams {
   bool n_aligned;  // rows of scales and zeros begin at multiples of 16 bytes
   bool out_float32;
   float alpha;
+  // Epilogues:
+  int num_squares;  // 0: no factor
+  float epsilon, inverse_k;
+  const void* residual;
+  const void* norm_scale;
+  void* scaled;
+  float* squares;
 };
 
 // Of a CTA on Turing, at most, warps and outputs of a tile: for want of asynchronous copies its
@@ -59,19 +66,23 @@ constexpr int StageParts(const Problem& p, int blocks) {
 // warp stores at a time lie in different banks.
 W4A16_HD constexpr int PartialStride(int tile_n) { return tile_n + 4; }
 
-// Of a token's outputs, in quads of 4 columns, how many at most a CTA of the cluster sums.
+// Of a token's outputs, in quads of 4 columns, how many at most a CTA of the cluster sums: whole
+// blocks of 16 columns, which epilogues want together.
 W4A16_HD constexpr int QuadsShare(int tile_n, int split_k) {
-  return (tile_n / 4 + split_k - 1) / split_k;
+  return (tile_n / kBlockN + split_k - 1) / split_k * (kBlockN / 4);
 }
 
 // Shared memory of a CTA:
-//   barrier | sums received from the cluster (both for split_k > 1) | warps x ring
+//   head | warps x ring
+//   head = factors of rows (W4A16_SWIGLU) | barrier | sums received from the cluster (both for
+//          split_k > 1)
 //   ring = stages x (weights | x | scales | zeros | barrier); later the partial tile
 struct DecodeSharedMemory {
   int stage_bytes, warp_bytes, total_bytes;
 };
 
 inline constexpr int kBarrierBytes = 16;
+inline constexpr int kFactorBytes = 64;
 
 // The last of a stage: the mbarrier that counts the bytes of x.
 inline constexpr int kStageBarrierBytes = 8;
@@ -81,9 +92,11 @@ inline constexpr int kStageBarrierBytes = 8;
 W4A16_HD constexpr int Align1024(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 W4A16_HD constexpr int Align128(int bytes) { return (bytes + 127) / 128 * 128; }
 
-W4A16_HD constexpr int ReceivedBytes(int tile_n, int tile_m, int split_k) {
-  const int sums = split_k * tile_m * QuadsShare(tile_n, split_k) * 16;
-  return split_k == 1 ? 0 : Align1024(kBarrierBytes + sums);
+// What lies before the rings; kept a multiple of what rings begin at.
+constexpr int HeadBytes(const Problem& p, const Config& c) {
+  const int factors = p.epilogue == W4A16_SWIGLU ? kFactorBytes : 0;
+  const int sums = c.split_k * c.tile_m * QuadsShare(c.tile_n, c.split_k) * 16;
+  return Align1024(factors + (c.split_k == 1 ? 0 : kBarrierBytes + sums));
 }
 
 // What a stage holds, but for its barrier.
@@ -98,11 +111,16 @@ constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config
   const int ring = c.stages * stage;
   const int partial = Align1024(c.tile_m * PartialStride(c.tile_n) * 4);
   const int warp = ring > partial ? ring : partial;
-  return {stage, warp, ReceivedBytes(c.tile_n, c.tile_m, c.split_k) + c.warps * warp};
+  return {stage, warp, HeadBytes(p, c) + c.warps * warp};
 }
 
-// The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu).
+// The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu), and
+// likewise with epilogues (decode_fused_f16.cu, decode_fused_bf16.cu).
 const void* FindDecodeKernelF16(const Config& config, bool has_zeros, int parts);
 const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts);
+const void* FindFusedDecodeKernelF16(const Config& config, bool has_zeros, int parts,
+                                     w4a16_epilogue epilogue);
+const void* FindFusedDecodeKernelBf16(const Config& config, bool has_zeros, int parts,
+                                      w4a16_epilogue epilogue);
 
 }  // namespace w4a16

@@ -3,7 +3,7 @@
 namespace w4a16 {
 
 const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts) {
-  return FindDecodeKernel<__nv_bfloat16>(config, has_zeros, parts);
+  return FindDecodeKernel<__nv_bfloat16, W4A16_NO_EPILOGUE>(config, has_zeros, parts);
 }
 
 }  // namespace w4a16

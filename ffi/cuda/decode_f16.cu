@@ -3,7 +3,7 @@
 namespace w4a16 {
 
 const void* FindDecodeKernelF16(const Config& config, bool has_zeros, int parts) {
-  return FindDecodeKernel<__half>(config, has_zeros, parts);
+  return FindDecodeKernel<__half, W4A16_NO_EPILOGUE>(config, has_zeros, parts);
 }
 
 }  // namespace w4a16

@@ -212,6 +212,23 @@ struct Cuda {
   }
 };
 
+// M, N and K of a product of x [..., K] that gives [..., N].
+Error ReadSizes(AnyBuffer x, Dimensions out_dims, Problem* p) {
+  const Dimensions x_dims = x.dimensions();
+  if (x_dims.size() == 0 || out_dims.size() != x_dims.size() ||
+      !std::equal(x_dims.begin(), x_dims.end() - 1, out_dims.begin()))
+    return Invalid("out: expected shape [..., N] for x " + ShapeText(x_dims) + ", got " +
+                   ShapeText(out_dims));
+  p->k = x_dims.back();
+  p->n = out_dims.back();
+  p->m = 1;
+  for (size_t i = 0; i + 1 < x_dims.size(); ++i) {
+    if (__builtin_mul_overflow(p->m, x_dims[i], &p->m))
+      return Invalid("x: too many rows in shape " + ShapeText(x_dims));
+  }
+  return Error::Success();
+}
+
 template <typename Backend>
 Error Dot(typename Backend::Context context, AnyBuffer x, AnyBuffer qweight, AnyBuffer scales,
           ffi::RemainingArgs optional, ffi::Result<AnyBuffer> out, ffi::RemainingRets scratch,
@@ -225,19 +242,8 @@ Error Dot(typename Backend::Context context, AnyBuffer x, AnyBuffer qweight, Any
     W4A16_RETURN_IF_ERROR(args.CheckAllTaken());
     W4A16_RETURN_IF_ERROR(CheckGroupSize(group_size));
 
-    const Dimensions x_dims = x.dimensions(), out_dims = out->dimensions();
-    if (x_dims.size() == 0 || out_dims.size() != x_dims.size() ||
-        !std::equal(x_dims.begin(), x_dims.end() - 1, out_dims.begin()))
-      return Invalid("out: expected shape [..., N] for x " + ShapeText(x_dims) + ", got " +
-                     ShapeText(out_dims));
     Problem p = {};
-    p.k = x_dims.back();
-    p.n = out_dims.back();
-    p.m = 1;
-    for (size_t i = 0; i + 1 < x_dims.size(); ++i) {
-      if (__builtin_mul_overflow(p.m, x_dims[i], &p.m))
-        return Invalid("x: too many rows in shape " + ShapeText(x_dims));
-    }
+    W4A16_RETURN_IF_ERROR(ReadSizes(x, out->dimensions(), &p));
     p.group_size = group_size;
     p.has_zeros = has_zeros;
     p.has_bias = has_bias;
@@ -269,6 +275,78 @@ Error Dot(typename Backend::Context context, AnyBuffer x, AnyBuffer qweight, Any
       o.workspace_bytes = static_cast<int64_t>((*workspace)->size_bytes());
     }
     return ToError(Backend::Dot(context, p, o, std::string(config).c_str()));
+  });
+}
+
+// A product with an epilogue. Operands: x, qweight, scales, then zeros, and residual and norm_scale
+// (add_norm) or squares (swiglu). Results: out, then scaled and squares (add_norm).
+Error FusedDot(void* stream, AnyBuffer x, AnyBuffer qweight, AnyBuffer scales,
+               ffi::RemainingArgs optional, ffi::Result<AnyBuffer> out, ffi::RemainingRets further,
+               int64_t group_size, float epsilon, bool has_zeros, bool has_squares,
+               std::string_view epilogue, std::string_view config) {
+  return Guard([&]() -> Error {
+    Problem p = {};
+    if (!FindEpilogue(epilogue, &p.epilogue))
+      return Invalid("epilogue: expected add_norm or swiglu, got " + std::string(epilogue));
+    const bool add_norm = p.epilogue == W4A16_ADD_NORM;
+    OptionalArgs args(optional);
+    std::optional<AnyBuffer> zeros, residual, norm_scale, squares, scaled;
+    W4A16_RETURN_IF_ERROR(args.Take("zeros", has_zeros, &zeros));
+    W4A16_RETURN_IF_ERROR(args.Take("residual", add_norm, &residual));
+    W4A16_RETURN_IF_ERROR(args.Take("norm_scale", add_norm, &norm_scale));
+    W4A16_RETURN_IF_ERROR(args.Take("squares", !add_norm && has_squares, &squares));
+    W4A16_RETURN_IF_ERROR(args.CheckAllTaken());
+    if (further.size() != (add_norm ? 2 : 0))
+      return Invalid("results: expected " + std::to_string(add_norm ? 3 : 1) + ", got " +
+                     std::to_string(1 + further.size()));
+    if (add_norm) {
+      auto first = further.get<AnyBuffer>(0), second = further.get<AnyBuffer>(1);
+      if (!first.has_value() || !second.has_value())
+        return Invalid("results: expected scaled and squares");
+      scaled = **first, squares = **second;
+    }
+
+    W4A16_RETURN_IF_ERROR(CheckGroupSize(group_size));
+    W4A16_RETURN_IF_ERROR(ReadSizes(x, out->dimensions(), &p));
+    if (!add_norm) p.n *= 2;
+    p.group_size = group_size;
+    p.has_zeros = has_zeros;
+    W4A16_RETURN_IF_ERROR(ReadDType("x", x, &p.x_dtype));
+    p.out_dtype = p.x_dtype;
+    W4A16_RETURN_IF_ERROR(CheckType("out", *out, x.element_type()));
+    W4A16_RETURN_IF_ERROR(CheckType("scales", scales, x.element_type()));
+    W4A16_RETURN_IF_ERROR(CheckWeight(qweight, scales, zeros, p.k, p.n, group_size));
+    std::vector<int64_t> shape(x.dimensions().begin(), x.dimensions().end());
+    if (add_norm) {
+      shape.back() = p.n;
+      W4A16_RETURN_IF_ERROR(CheckType("residual", *residual, x.element_type()));
+      W4A16_RETURN_IF_ERROR(CheckShape("residual", *residual, shape));
+      W4A16_RETURN_IF_ERROR(CheckType("norm_scale", *norm_scale, x.element_type()));
+      W4A16_RETURN_IF_ERROR(CheckShape("norm_scale", *norm_scale, {p.n}));
+      W4A16_RETURN_IF_ERROR(CheckType("scaled", *scaled, x.element_type()));
+      W4A16_RETURN_IF_ERROR(CheckShape("scaled", *scaled, shape));
+    }
+    if (squares) {
+      const Dimensions dims = squares->dimensions();
+      shape.back() = add_norm ? BlocksN(p.n) : dims.size() > 0 ? dims.back() : 1;
+      W4A16_RETURN_IF_ERROR(CheckType("squares", *squares, ffi::F32));
+      W4A16_RETURN_IF_ERROR(CheckShape("squares", *squares, shape));
+    }
+
+    Operands o = {};
+    o.x = x.untyped_data();
+    o.qweight = static_cast<const uint32_t*>(qweight.untyped_data());
+    o.scales = scales.untyped_data();
+    o.zeros = Data(zeros);
+    o.out = out->untyped_data();
+    o.alpha = 1.0f;
+    o.residual = Data(residual);
+    o.norm_scale = Data(norm_scale);
+    o.scaled = const_cast<void*>(Data(scaled));
+    o.squares = static_cast<float*>(const_cast<void*>(Data(squares)));
+    o.num_squares = squares ? shape.back() : 0;
+    o.epsilon = epsilon;
+    return ToError(w4a16_run_cuda(&p, &o, std::string(config).c_str(), stream));
   });
 }
 
@@ -399,6 +477,21 @@ W4A16_DEFINE_BOTH(Dot, .Arg<AnyBuffer>()
                            .Attr<bool>("has_bias")
                            .Attr<bool>("batch_invariant")
                            .Attr<std::string_view>("config"))
+XLA_FFI_DEFINE_HANDLER(kCudaFusedDot, FusedDot,
+                       BindCuda()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .RemainingArgs()
+                           .Ret<AnyBuffer>()
+                           .RemainingRets()
+                           .Attr<int64_t>("group_size")
+                           .Attr<float>("epsilon")
+                           .Attr<bool>("has_zeros")
+                           .Attr<bool>("has_squares")
+                           .Attr<std::string_view>("epilogue")
+                           .Attr<std::string_view>("config"),
+                       {ffi::Traits::kCmdBufferCompatible});
 W4A16_DEFINE_BOTH(RaggedDot, .Arg<AnyBuffer>()
                                  .Arg<AnyBuffer>()
                                  .Arg<AnyBuffer>()
@@ -432,6 +525,7 @@ Registrations AllRegistrations() {
       {"cpu", "w4a16_dequantize", kCpuDequantize},
       {"cpu", "w4a16_quantize", kCpuQuantize},
       {"CUDA", "w4a16_dot", kCudaDot},
+      {"CUDA", "w4a16_fused_dot", kCudaFusedDot},
       {"CUDA", "w4a16_ragged_dot", kCudaRaggedDot},
       {"CUDA", "w4a16_pack", kCudaPack},
       {"CUDA", "w4a16_dequantize", kCudaDequantize},

@@ -11,8 +11,8 @@
 // --capability draws what a GPU of that compute capability (75: Turing) would be given, to run its
 // code on a later one: in a library built with W4A16_CUDA_ARCHS=75 the driver compiles it from PTX.
 // About a seventh of the cases, or all of the families "ragged...", are ragged products; half of
-// those have sizes that no x has. A failure prints one line that reproduces it. The last line
-// counts the cases of each kernel.
+// those have sizes that no x has. On a GPU half of those that may have an epilogue do. A failure
+// prints one line that reproduces it. The last line counts the cases of each kernel.
 #include <algorithm>
 #include <climits>
 #include <cstdio>
@@ -105,6 +105,7 @@ struct Case {
   bool fractional_zeros;
   bool ragged;
   std::vector<int32_t> sizes;  // rows of each expert of a ragged product
+  int64_t num_squares;         // of W4A16_SWIGLU; 0: none
   std::string config;          // "auto", "cpu", or a configuration's name
 
   std::string Text() const {
@@ -117,6 +118,8 @@ struct Case {
         static_cast<long long>(p.group_size), DTypeName(p.x_dtype), DTypeName(p.out_dtype),
         p.has_zeros, fractional_zeros ? " (fractional)" : "", p.has_bias, alpha, config.c_str());
     std::string all = text;
+    if (p.epilogue == W4A16_ADD_NORM) all += " add_norm";
+    if (p.epilogue == W4A16_SWIGLU) all += " swiglu squares=" + std::to_string(num_squares);
     if (ragged) all += " group_sizes=";
     for (const int32_t size : sizes) all += std::to_string(size) + ",";
     return all;
@@ -174,6 +177,12 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
   }
   c.alpha = draw.Chance(30) ? 0.375f : 1.0f;
   c.fractional_zeros = draw.Chance(30);
+  const bool decode = options.family.empty() || options.family == "decode";
+  if (options.cuda && decode && !c.ragged && !p.has_bias && p.out_dtype == p.x_dtype &&
+      p.n % 16 == 0 && device.compute_capability >= 80 && draw.Chance(50)) {
+    p.epilogue = draw.OneOf({W4A16_ADD_NORM, W4A16_SWIGLU});
+    if (p.epilogue == W4A16_SWIGLU && draw.Chance(80)) c.num_squares = 4 * draw.Between(1, 75);
+  }
   c.config = options.cuda ? "auto" : "cpu";
   if (options.cuda && (draw.Chance(85) || !options.family.empty())) {
     std::vector<std::string> able;
@@ -189,6 +198,71 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
   }
   return c;
 }
+
+// What an epilogue reads and writes beside a product's operands.
+struct Neighbours {
+  static constexpr float kEpsilon = 0.01f;
+
+  HostArray residual, norm_scale, scaled, squares;
+
+  Neighbours(const Case& c, uint64_t seed)
+      : residual(c.problem.x_dtype, IsAddNorm(c) ? c.problem.m * c.problem.n : 0),
+        norm_scale(c.problem.x_dtype, IsAddNorm(c) ? c.problem.n : 0),
+        scaled(c.problem.x_dtype, residual.size()),
+        squares(W4A16_F32, c.problem.m * NumSquares(c)) {
+    std::mt19937_64 random(seed ^ 0x5eed);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < residual.size(); ++i) residual.Set(i, normal(random));
+    for (int64_t i = 0; i < norm_scale.size(); ++i) norm_scale.Set(i, normal(random));
+    for (int64_t i = 0; i < squares.size(); ++i) squares.Set(i, std::abs(normal(random)));
+  }
+
+  static bool IsAddNorm(const Case& c) { return c.problem.epilogue == W4A16_ADD_NORM; }
+  static int64_t NumSquares(const Case& c) {
+    return IsAddNorm(c) ? c.problem.n / kBlockN : c.num_squares;
+  }
+
+  // Whether the result of row m for columns from 16 b on is right; `out` as it came.
+  std::string CheckBlock(const Case& c, const HostCase& host, const HostArray& out, int64_t m,
+                         int64_t b) const {
+    const Problem& p = c.problem;
+    const auto wrong = [&](const char* what, int64_t n, double got, double expected) {
+      return std::string(what) + "[" + std::to_string(m) + ", " + std::to_string(n) +
+             "] = " + std::to_string(got) + ", expected " + std::to_string(expected);
+    };
+    if (IsAddNorm(c)) {
+      double sum = 0;
+      for (int64_t n = kBlockN * b; n < kBlockN * (b + 1); ++n) {
+        const int64_t i = m * p.n + n;
+        auto expected = host.Reference(m, n);
+        expected.value += residual[i];
+        if (!(std::abs(out[i] - expected.value) <= host.Tolerance(expected)))
+          return wrong("out", n, out[i], expected.value);
+        HostArray exact(p.x_dtype, 1);
+        exact.Set(0, static_cast<float>(out[i]) * static_cast<float>(norm_scale[n]));
+        if (scaled[i] != exact[0]) return wrong("scaled", n, scaled[i], exact[0]);
+        sum += out[i] * out[i];
+      }
+      const double got = squares[m * NumSquares(c) + b];
+      return std::abs(got - sum) <= 1e-5 * sum ? "" : wrong("squares", b, got, sum);
+    }
+    double factor = 1, sum = 0;
+    for (int64_t i = 0; i < c.num_squares; ++i) sum += squares[m * c.num_squares + i];
+    if (c.num_squares > 0) factor = 1 / std::sqrt(sum / static_cast<double>(p.k) + kEpsilon);
+    for (int64_t n = kBlockN * b; n < kBlockN * b + kBlockN / 2; ++n) {
+      const auto gate = host.Reference(m, n), up = host.Reference(m, n + kBlockN / 2);
+      const double g = factor * gate.value, u = factor * up.value;
+      const double silu = g / (1 + std::exp(-g)), expected = silu * u;
+      const double g_error = factor * host.Tolerance(gate), u_error = factor * host.Tolerance(up);
+      // The slope of silu is below 1.1.
+      const double tolerance = 1.1 * g_error * (std::abs(u) + u_error) + std::abs(silu) * u_error +
+                               0x1p-7 * std::abs(expected) + 1e-6;
+      const double got = out[m * p.n / 2 + b * kBlockN / 2 + n % kBlockN];
+      if (!(std::abs(got - expected) <= tolerance)) return wrong("out", n, got, expected);
+    }
+    return "";
+  }
+};
 
 // Empty if right, else what is wrong.
 std::string RunCase(const Case& c, uint64_t seed, const Options& options,
@@ -215,13 +289,19 @@ std::string RunCase(const Case& c, uint64_t seed, const Options& options,
     }
   }
   ++(*counts)[config];
-  HostArray out(p.out_dtype, p.m * p.n);
+  const bool add_norm = Neighbours::IsAddNorm(c);
+  HostArray out(p.out_dtype, p.m * p.n / (p.epilogue == W4A16_SWIGLU ? 2 : 1));
+  Neighbours beside(c, seed);
+  auto residual = guarded(beside.residual.bytes), norm_scale = guarded(beside.norm_scale.bytes);
   auto x = guarded(host.x.bytes), qweight = guarded(host.qweight),
        scales = guarded(host.scales.bytes), zeros = guarded(host.zeros.bytes),
        bias = guarded(host.bias.bytes);
-  std::vector<uint8_t> first;
+  std::vector<uint8_t> first, first_scaled, first_squares;
   for (int run = 0; run < 2; ++run) {
     Guarded result(options.cuda, nullptr, out.bytes.size());
+    Guarded scaled(options.cuda, nullptr, beside.scaled.bytes.size());
+    Guarded squares(options.cuda, add_norm ? nullptr : beside.squares.bytes.data(),
+                    beside.squares.bytes.size());
     Guarded workspace(options.cuda, nullptr, static_cast<size_t>(workspace_bytes));
     const Operands o = {.x = x->get(),
                         .qweight = static_cast<const uint32_t*>(qweight->get()),
@@ -231,7 +311,13 @@ std::string RunCase(const Case& c, uint64_t seed, const Options& options,
                         .out = result.get(),
                         .workspace = workspace.get(),
                         .workspace_bytes = workspace_bytes,
-                        .alpha = c.alpha};
+                        .alpha = c.alpha,
+                        .residual = residual->get(),
+                        .norm_scale = norm_scale->get(),
+                        .scaled = scaled.get(),
+                        .squares = static_cast<float*>(squares.get()),
+                        .num_squares = Neighbours::NumSquares(c),
+                        .epsilon = Neighbours::kEpsilon};
     const w4a16_status status = options.cuda ? w4a16_run_cuda(&p, &o, config.c_str(), nullptr)
                                              : w4a16_run_cpu(&p, &o, nullptr);
     if (status.code != W4A16_OK) return status.message;
@@ -239,13 +325,27 @@ std::string RunCase(const Case& c, uint64_t seed, const Options& options,
     if (options.cuda) CheckCuda(cudaDeviceSynchronize());
 #endif
     out.bytes = result.Read();
-    if (run == 0) first = out.bytes;
-    if (out.bytes != first) return "the second run gave other bits";
+    beside.scaled.bytes = scaled.Read();
+    beside.squares.bytes = squares.Read();
+    if (run == 0) {
+      first = out.bytes;
+      first_scaled = beside.scaled.bytes, first_squares = beside.squares.bytes;
+    }
+    if (out.bytes != first || beside.scaled.bytes != first_scaled ||
+        beside.squares.bytes != first_squares)
+      return "the second run gave other bits";
     for (Guarded* buffer :
-         {x.get(), qweight.get(), scales.get(), zeros.get(), bias.get(), &result, &workspace}) {
+         {x.get(), qweight.get(), scales.get(), zeros.get(), bias.get(), residual.get(),
+          norm_scale.get(), &result, &scaled, &squares, &workspace}) {
       if (!buffer->RedZonesIntact()) return "a red zone was written";
     }
   }
+  for (int64_t m = 0; p.epilogue != W4A16_NO_EPILOGUE && m < p.m; ++m) {
+    for (int64_t b = 0; b < p.n / kBlockN; ++b) {
+      if (const auto wrong = beside.CheckBlock(c, host, out, m, b); !wrong.empty()) return wrong;
+    }
+  }
+  if (p.epilogue != W4A16_NO_EPILOGUE) return "";
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t n = 0; n < p.n; ++n) {
       const auto expected = host.Reference(m, n);

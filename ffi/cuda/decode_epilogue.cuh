@@ -1,0 +1,148 @@
+// What becomes of decode's sums before they are stored: w4a16.h says what each epilogue is. Kernels
+// with different ones are different kernels: code that is jumped over costs a product without an
+// epilogue 1%.
+#pragma once
+
+#include "decode_stage.cuh"
+
+namespace w4a16 {
+
+// What a thread finishes: 4 neighbouring columns of one token; with W4A16_SWIGLU 4 of gate, and the
+// 4 of up that lie 8 columns, 32 bytes, beyond. Without that, 4 neighbouring lanes have the quads
+// of a block of 16 columns.
+struct Quad {
+  int exists;      // in the tile and its rows
+  int n;           // the first column
+  uint32_t terms;  // the first of its terms, in shared memory
+  int64_t out;     // element of out
+};
+
+// Items of a token in a tile, and the quad of item `i`.
+template <w4a16_epilogue kEpilogue>
+__device__ constexpr int ItemsOf(int quads) {
+  return kEpilogue == W4A16_SWIGLU ? quads / 2 : quads;
+}
+template <w4a16_epilogue kEpilogue>
+__device__ constexpr int QuadOf(int i) {
+  return kEpilogue == W4A16_SWIGLU ? i / 2 * 4 + i % 2 : i;
+}
+
+// Where column n of row `row` of the product goes.
+template <w4a16_epilogue kEpilogue>
+__device__ __forceinline__ int64_t OutOf(const DecodeParams& p, int64_t row, int n) {
+  return kEpilogue == W4A16_SWIGLU ? row * (p.n / 2) + n / kBlockN * (kBlockN / 2) + n % kBlockN
+                                   : row * p.n + n;
+}
+
+// Early: what would take long to come. norm_scale, for which nothing has asked since the last step,
+// to L2; sums of squares to L1 (copied to shared memory they cost 0.5 us of 17 at one row of 28672
+// x 4096, and 16 rows of them a CTA of an SM).
+template <typename T, w4a16_epilogue kEpilogue, int kTileN>
+__device__ __forceinline__ void PrepareEpilogue(const DecodeParams& p, int n0, int m0, int rows) {
+  if constexpr (kEpilogue == W4A16_ADD_NORM) {
+    const int n = n0 + kBlockN * threadIdx.x;
+    if (threadIdx.x < kTileN / kBlockN && n < p.n)
+      PrefetchL2(static_cast<const T*>(p.norm_scale) + n);
+  } else if constexpr (kEpilogue == W4A16_SWIGLU) {
+    constexpr int kLine = 32;  // floats
+    const float* squares = p.squares + int64_t{m0} * p.num_squares;
+#pragma unroll 1
+    for (int64_t i = kLine * threadIdx.x; i < int64_t{rows} * p.num_squares;
+         i += kLine * blockDim.x)
+      PrefetchL1(squares + i);
+  }
+}
+
+// Late, while the warps meet: the factors of W4A16_SWIGLU's rows, 1 / rms. A warp sums rows
+// abreast.
+__device__ __forceinline__ void FindFactors(const DecodeParams& p, uint32_t factors, int m0,
+                                            int rows) {
+  constexpr int kAbreast = 4;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+#pragma unroll 1
+  for (int token = threadIdx.x / 32; token < rows; token += kAbreast * warps) {
+    const int quads = p.num_squares / 4;
+    const float4* squares =
+        reinterpret_cast<const float4*>(p.squares) + int64_t{m0 + token} * quads;
+    const int64_t next = int64_t{warps} * quads;
+    float sums[kAbreast] = {};
+#pragma unroll 2
+    for (int i = lane; i < quads; i += 32) {
+#pragma unroll
+      for (int r = 0; r < kAbreast; ++r) {
+        if (token + r * warps >= rows) continue;
+        const float4 v = squares[r * next + i];
+        sums[r] += (v.x + v.y) + (v.z + v.w);
+      }
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) {
+#pragma unroll
+      for (int r = 0; r < kAbreast; ++r) sums[r] += __shfl_xor_sync(0xffffffff, sums[r], i);
+    }
+#pragma unroll
+    for (int r = 0; r < kAbreast; ++r) {
+      if (lane == r && token + r * warps < rows)
+        StoreShared(factors + 4 * (token + r * warps),
+                    p.num_squares > 0 ? rsqrtf(sums[r] * p.inverse_k + p.epsilon) : 1.0f);
+    }
+  }
+}
+
+// 4 neighbours of bias, or of residual and norm_scale, as they are stored.
+struct Addends {
+  uint2 bias, norm_scale;
+};
+
+template <typename T, w4a16_epilogue kEpilogue>
+__device__ __forceinline__ Addends LoadAddends(const DecodeParams& p, const Quad& quad) {
+  const auto load = [](const void* from, int64_t at) {
+    return *reinterpret_cast<const uint2*>(static_cast<const T*>(from) + at);
+  };
+  if constexpr (kEpilogue == W4A16_SWIGLU)
+    return {};
+  else if constexpr (kEpilogue == W4A16_ADD_NORM)
+    return {.bias = load(p.residual, quad.out), .norm_scale = load(p.norm_scale, quad.n)};
+  else
+    return {.bias = LoadBias<T>(p, quad.n), .norm_scale = {}};
+}
+
+// Stores what the epilogue makes of a quad; sum(bytes): the sum of the terms as far beyond the
+// first; `factor`: the row's, in shared memory.
+template <typename T, w4a16_epilogue kEpilogue, typename Sum>
+__device__ __forceinline__ void Finish(const DecodeParams& p, const Quad& quad, const Sum& sum,
+                                       const Addends& addends, uint32_t factor) {
+  if constexpr (kEpilogue == W4A16_NO_EPILOGUE) {
+    StoreOut<T>(p, quad.out, quad.n, sum(0), addends.bias);
+  } else if constexpr (kEpilogue == W4A16_SWIGLU) {
+    const float4 gate = sum(0), up = sum(4 * kBlockN / 2);
+    const float alpha = p.alpha * LoadShared(factor);
+    const float g[4] = {gate.x, gate.y, gate.z, gate.w}, u[4] = {up.x, up.y, up.z, up.w};
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scaled = alpha * g[i];
+      v[i] = __fdividef(scaled, 1 + __expf(-scaled)) * (alpha * u[i]);
+    }
+    StoreQuad(static_cast<T*>(p.out) + quad.out, v, 4, true);
+  } else {
+    const float4 product = sum(0);
+    float v[4] = {product.x, product.y, product.z, product.w}, scaled[4], square = 0;
+    const T *residual = reinterpret_cast<const T*>(&addends.bias),
+            *norm_scale = reinterpret_cast<const T*>(&addends.norm_scale);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] = ToFloat(FromFloat<T>(fmaf(p.alpha, v[i], ToFloat(residual[i]))));
+      scaled[i] = v[i] * ToFloat(norm_scale[i]);
+      square = fmaf(v[i], v[i], square);
+    }
+    StoreQuad(static_cast<T*>(p.out) + quad.out, v, 4, true);
+    StoreQuad(static_cast<T*>(p.scaled) + quad.out, scaled, 4, true);
+    const uint32_t block = 0xfu << (threadIdx.x & 28);  // whose lanes are here together
+    square += __shfl_xor_sync(block, square, 1);
+    square += __shfl_xor_sync(block, square, 2);
+    if (quad.n % kBlockN == 0) p.squares[quad.out / kBlockN] = square;
+  }
+}
+
+}  // namespace w4a16
