@@ -31,6 +31,7 @@ class Problem:
     has_zeros: bool
     has_bias: bool
     batch_invariant: bool = False
+    epilogue: str = "none"  # or add_norm, swiglu: what follows the product in the same kernel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,29 +56,13 @@ def dot(
       TypeError, ValueError: an argument is not as described, or the implementation asked for cannot serve;
         the message names the operand, what was expected and what was got.
     """
-    qweight, scales, zeros, group_size = _arrays(qw, scales, zeros, group_size)
-    _checks.floating("x", _checks.array("x", x))
-    if len(x.shape) < 1:
-        raise ValueError(f"x: expected shape [..., K], got {tuple(x.shape)}")
-    k = x.shape[-1]
-    _checks.packed(qweight)
-    if isinstance(qw, QuantizedWeight) and k != qw.in_features:
-        raise ValueError(f"x: expected shape [..., K = {qw.in_features}], got {tuple(x.shape)}")
-    if isinstance(qw, QuantizedWeight) and qw.input_scale is not None:
-        _checks.input_scale(qw.input_scale, k)
-        x = x * qw.input_scale.astype(x.dtype)
-    size = _checks.weight(qweight, scales, zeros, k, group_size)
-    permutation = qw.permutation if isinstance(qw, QuantizedWeight) else None
-    _checks.permutation(permutation, k)
-    n = scales.shape[1]
+    x, qweight, scales, zeros, permutation, size = operands(x, qw, scales, zeros, group_size)
     if bias is not None:
+        n = scales.shape[1]
         _checks.shape("bias", _checks.array("bias", bias), (n,), f" for N = {n}")
-    scales, zeros, bias = (
-        _like_x(name, value, x.dtype)
-        for name, value in (("scales", scales), ("zeros", zeros), ("bias", bias))
-    )
+        bias = _like_x("bias", bias, x.dtype)
     out_dtype = _result_dtype(x, preferred_element_type)
-    _check_implementation(implementation)
+    check_implementation(implementation)
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: expected True or False, got {batch_invariant!r}")
     params = (size, _checks.real("alpha", alpha), out_dtype, batch_invariant, implementation)
@@ -174,7 +158,7 @@ def ragged_dot(
     _checks.shape("group_sizes", group_sizes, (experts,), f" for {experts} experts")
     scales, zeros = _like_x("scales", scales, x.dtype), _like_x("zeros", zeros, x.dtype)
     out_dtype = _result_dtype(x, preferred_element_type)
-    _check_implementation(implementation)
+    check_implementation(implementation)
     return _ragged_dot(x, group_sizes, qweight, scales, zeros, (size, out_dtype, implementation))
 
 
@@ -191,6 +175,26 @@ def _ragged_dot(x, group_sizes, qweight, scales, zeros, params):
         out_dtype=out_dtype,
         implementation=implementation,
     )
+
+
+def operands(x, qw, scales=None, zeros=None, group_size=None) -> tuple:
+    """x with the weight's input_scale, qweight, scales, zeros, permutation and group size, all checked."""
+    qweight, scales, zeros, group_size = _arrays(qw, scales, zeros, group_size)
+    _checks.floating("x", _checks.array("x", x))
+    if len(x.shape) < 1:
+        raise ValueError(f"x: expected shape [..., K], got {tuple(x.shape)}")
+    k = x.shape[-1]
+    _checks.packed(qweight)
+    if isinstance(qw, QuantizedWeight) and k != qw.in_features:
+        raise ValueError(f"x: expected shape [..., K = {qw.in_features}], got {tuple(x.shape)}")
+    if isinstance(qw, QuantizedWeight) and qw.input_scale is not None:
+        _checks.input_scale(qw.input_scale, k)
+        x = x * qw.input_scale.astype(x.dtype)
+    size = _checks.weight(qweight, scales, zeros, k, group_size)
+    permutation = qw.permutation if isinstance(qw, QuantizedWeight) else None
+    _checks.permutation(permutation, k)
+    scales, zeros = _like_x("scales", scales, x.dtype), _like_x("zeros", zeros, x.dtype)
+    return x, qweight, scales, zeros, permutation, size
 
 
 def _arrays(qw, scales, zeros, group_size) -> tuple:
@@ -216,7 +220,8 @@ def _result_dtype(x, preferred_element_type):
     return out_dtype
 
 
-def _check_implementation(implementation) -> None:
+def check_implementation(implementation) -> None:
+    """It is one of IMPLEMENTATIONS, and CUDA's kernels are there where they are asked for."""
     if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "cuda" and not _ffi.has_cuda():

@@ -8,7 +8,14 @@ from pathlib import Path
 import jax
 from jax import export
 
-TARGETS = ("w4a16_dot", "w4a16_ragged_dot", "w4a16_pack", "w4a16_dequantize", "w4a16_quantize")
+TARGETS = (
+    "w4a16_dot",
+    "w4a16_fused_dot",
+    "w4a16_ragged_dot",
+    "w4a16_pack",
+    "w4a16_dequantize",
+    "w4a16_quantize",
+)
 
 DISABLE_JAX_EXPORT_CHECKS = [export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
 """`jax.export` knows no custom calls but its own: pass this as its `disabled_checks`."""

@@ -5,7 +5,7 @@
     w4a16_quantize    w [K, N]                                   -> qweight, scales, zeros?
     w4a16_pack        codes [K, N]                               -> qweight
 
-and w4a16_ragged_dot, in _ragged.py.
+and w4a16_ragged_dot, in _ragged.py, and w4a16_fused_dot, in _fused.py.
 
 An optional operand that is absent has no place among the operands; `has_zeros` and `has_bias` tell. The first
 two primitives are linear in x and in scales, so their derivatives are themselves and their transposes.

@@ -331,4 +331,8 @@ def test_build_info():
     assert info["ffi_minor"] == _ffi.native.ffi_minor
     assert isinstance(info["cuda"], bool)
     assert isinstance(info["configs"], list)
-    assert len(jax_w4a16.DISABLE_JAX_EXPORT_CHECKS) == len(_ffi.native.registrations()["cpu"])
+    registrations = {platform.lower(): set(found) for platform, found in _ffi.native.registrations().items()}
+    targets = set(_ffi.TARGETS)
+    assert registrations["cpu"] == targets - {"w4a16_fused_dot"}
+    assert registrations.get("cuda", targets) == targets
+    assert len(jax_w4a16.DISABLE_JAX_EXPORT_CHECKS) == len(targets)

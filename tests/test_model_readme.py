@@ -16,10 +16,11 @@ def test_programs_run():
     text = README.read_text()
     sections = text[text.index("## Quantise a model") : text.index("## What is supported")]
     programs = re.findall(r"```python\n(.*?)```", sections, re.DOTALL)
-    assert len(programs) == 3
+    assert len(programs) == 4
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec("".join(programs), names)
     first, last = map(float, printed.getvalue().split(" -> "))
     assert last < first
     assert names["y"].shape == (64, 256)
+    assert [a.shape for a in names["z"]] == [(1, 256), (1, 256), (1, 16)]
