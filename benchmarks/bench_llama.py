@@ -1,11 +1,14 @@
 """A Llama decoder, W4A16 against bfloat16: tokens a second, time to the first token, bytes on the GPU.
 
     python -m benchmarks.bench_llama [--size 8b] [--weights bf16,w4a16] [--batch 1,16] [--prefill 2048]
-        [--context 128] [--steps 128] [--mesh 1,2] [--checkpoint FOLDER] [--output results/llama.json]
+        [--context 128] [--steps 128] [--mesh 1,2] [--products fused|plain] [--checkpoint FOLDER]
+        [--output results/llama.json]
 
 Decoding: `--steps` tokens for each sequence of the batch in one program, after `--context` others that the
 same program made.
 Prefill: one prompt of `--prefill` tokens, from its tokens on the device to the first new token on the host.
+W4A16 products: fused, `dot_add_norm` (on one GPU) and `dot_swiglu`, which have in them the residual sum, the
+norm and SwiGLU; or plain, `dot`, which leaves these to XLA.
 Each (weights, mesh) runs in a process of its own, whose memory is then free again.
 """
 
@@ -75,6 +78,7 @@ class Bench:
             options.config,
             packed=packed,
             packed_head=packed and not options.float_head and not options.config.tied,
+            products=options.products,
             attention=options.attention,
             decode_attention=options.decode_attention if jax.default_backend() == "gpu" else "xla",
         )
@@ -100,7 +104,8 @@ class Bench:
         self.read_bytes = self.weight_bytes - (0 if config.tied else sizes["embed.embedding"])
         self.facts = {"weights": weights, "mesh": ways, "weight_bytes": self.weight_bytes}
         if config.packed:
-            self.facts |= {"group_size": config.group_size, "packed_head": config.packed_head}
+            names = ("group_size", "packed_head", "products")
+            self.facts |= {name: getattr(config, name) for name in names}
         if self.mesh is not None:
             self.facts["row_sum"] = config.row_sum
         self.device = jax.devices()[0]
@@ -266,7 +271,10 @@ def ratios(rows: Sequence[Row], size: str) -> list[dict[str, Any]]:
 def show(header: Row, rows: Sequence[Row], found: Sequence[Row]) -> None:
     """The table, then the ratios beside their bars."""
     gb = lambda value: "-" if value is None else f"{value / 1e9:.2f}"
-    print(f"{header['device']}, {header['size']}, jax {header['jax']}, attention {header['attention']}")
+    print(
+        f"{header['device']}, {header['size']}, jax {header['jax']}, products {header['products']}, "
+        f"attention {header['attention']}"
+    )
     print(
         f"{'weights':>8} {'mesh':>4} {'':>7} {'batch':>5} {'tokens/s':>10} {'ms':>9} {'GB/s read':>10} "
         f"{'weights GB':>10} {'cache GB':>8} {'temp GB':>8} {'peak GB':>8}"
@@ -356,6 +364,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mesh", type=_numbers, default=(1,), help="numbers of devices to split over")
     parser.add_argument("--checkpoint", type=Path, help="a folder with config.json; default: random weights")
     parser.add_argument("--float-head", action="store_true", help="keep the last layer's weight in bfloat16")
+    parser.add_argument(
+        "--products", choices=("fused", "plain"), default="fused", help="of packed layers, the last excepted"
+    )
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of the prefill")
     parser.add_argument(
         "--decode-attention", choices=("xla", "pallas"), default="pallas", help="of a decoding step"
@@ -417,7 +428,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     header |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "size": options.size_name}
     sizes = ("hidden", "mlp", "layers", "heads", "kv_heads", "head_dim", "vocab")
-    header |= {"attention": options.attention} | {name: getattr(options.config, name) for name in sizes}
+    header |= {"products": options.products, "attention": options.attention}
+    header |= {name: getattr(options.config, name) for name in sizes}
     header["protocol"] = (
         f"median of {SAMPLES} runs after {_WARM_RUNS + 1}; decode: {options.steps} tokens in one program "
         f"after {options.context} others; prefill: from tokens on the device to the first token on the "

@@ -16,19 +16,22 @@ from benchmarks import native, shapes, store, timing
 from benchmarks.progress import Progress
 from benchmarks.report import geomean
 
-# Name: (dtype, group size or -1, zeros, bias, batch invariant), and the most it may cost (None: no bound).
+# Name: (dtype, group size or -1, zeros, what else), and the most it may cost (None: no bound).
 VARIANTS = {
-    "float16, group 128": (("float16", 128, False, False, False), None),
-    "bfloat16": (("bfloat16", 128, False, False, False), 1.05),
-    "zeros": (("float16", 128, True, False, False), 1.05),
-    "bfloat16, zeros": (("bfloat16", 128, True, False, False), 1.05),
-    "group 32": (("float16", 32, False, False, False), 1.12),
-    "group 64": (("float16", 64, False, False, False), 1.05),
-    "group 256": (("float16", 256, False, False, False), 1.05),
-    "per column": (("float16", -1, False, False, False), 1.05),
-    "bias": (("float16", 128, False, True, False), 1.02),
-    "batch invariant": (("float16", 128, False, False, True), None),
+    "float16, group 128": (("float16", 128, False, None), None),
+    "bfloat16": (("bfloat16", 128, False, None), 1.05),
+    "zeros": (("float16", 128, True, None), 1.05),
+    "bfloat16, zeros": (("bfloat16", 128, True, None), 1.05),
+    "group 32": (("float16", 32, False, None), 1.12),
+    "group 64": (("float16", 64, False, None), 1.05),
+    "group 256": (("float16", 256, False, None), 1.05),
+    "per column": (("float16", -1, False, None), 1.05),
+    "bias": (("float16", 128, False, "bias"), 1.02),
+    "batch invariant": (("float16", 128, False, "batch invariant"), None),
+    "dot_add_norm": (("float16", 128, False, "add_norm"), None),
+    "dot_swiglu": (("float16", 128, False, "swiglu"), None),
 }
+MOST_FUSED_ROWS = 16  # of an epilogue's kernels
 SHAPES = "4096x4096,28672x4096,8192x8192"
 TOKENS = "1,16,64,256,2048"
 ODD_SHAPES = (
@@ -50,23 +53,47 @@ def _graph(library: Any, n: int, k: int, m: int, variant: tuple) -> Any:
 
     from benchmarks import graph
 
-    dtype, group_size, zeros, bias, invariant = variant
+    dtype, group_size, zeros, more = variant
+    epilogue = more if more in native.EPILOGUES else None
+    if epilogue is not None and m > MOST_FUSED_ROWS:
+        return None
     layer = graph.Layer(library, n, k, dtype, k if group_size < 0 else group_size, zeros)
     problem = layer.problem(m)
-    problem.has_bias, problem.batch_invariant = int(bias), int(invariant)
+    problem.has_bias, problem.batch_invariant = int(more == "bias"), int(more == "batch invariant")
+    problem.epilogue = native.EPILOGUES[epilogue]
     device = library.current_device()
     config = library.select(problem, device)
     x = layer.activations(m)
     out = torch.empty((m, n), dtype=layer.torch_dtype, device=graph.DEVICE)
+    if epilogue is not None:
+        return timing.Graph(_fused(layer, x, out, config, device, epilogue), len(layer.packed))
     check = graph.Check(layer, x)
     call = graph.checked_kernel(layer, x, out, check, config, device)
-    if bias:  # of zeros, so that the same check serves
+    if more == "bias":  # of zeros, so that the same check serves
         vector = torch.zeros(n, dtype=layer.torch_dtype, device=graph.DEVICE)
         call = layer.kernel(x, out, config, device, bias=vector)
         out.fill_(float("nan"))
         call(0)
         check(out)
     return timing.Graph(call, len(layer.packed))
+
+
+def _fused(layer: Any, x: Any, out: Any, config: str, device: Any, epilogue: str) -> Any:
+    """The call of a kernel with an epilogue, once its output has been found right."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    m, expected = x.shape[0], layer.reference(x)
+    if epilogue == "swiglu":
+        gate, up = expected.reshape(m, -1, 2, 8).unbind(2)
+        expected = (torch.nn.functional.silu(gate) * up).reshape(m, -1)
+        out = torch.empty_like(expected, dtype=out.dtype)
+    call = layer.kernel(x, out, config, device, epilogue=epilogue)
+    out.fill_(float("nan"))
+    call(0)
+    error = (torch.linalg.vector_norm(out.float() - expected) / torch.linalg.vector_norm(expected)).item()
+    if not error < 2e-3:
+        raise RuntimeError(f"{epilogue}, {config}: relative error {error:.2e}")
+    return call
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             graphs = {
                 name: _graph(library, shape.n, shape.k, m, variant) for name, (variant, _) in VARIANTS.items()
             }
+            graphs = {name: one for name, one in graphs.items() if one is not None}
             for name, us in timing.time_graphs(graphs).items():
                 rows.append({"N": shape.n, "K": shape.k, "M": m, "variant": name, "us": round(us, 3)})
             progress.step(f"{shape} M={m}")
@@ -102,6 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, (_, bound) in VARIANTS.items():
         text = ""
         for m in options.m:
+            if (options.shapes[0].n, options.shapes[0].k, m, name) not in us_of:
+                text += f"{'-':>15}"
+                continue
             ratios = [us_of[s.n, s.k, m, name] / us_of[s.n, s.k, m, base_name] for s in options.shapes]
             mean = geomean(ratios) or 0.0
             missed = bound is not None and mean > bound

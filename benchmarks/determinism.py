@@ -6,6 +6,7 @@ Needs torch. Every second run has a copy on another stream beside it, which take
 """
 
 import argparse
+import itertools
 import sys
 
 from benchmarks import native
@@ -44,15 +45,21 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in ("float16", "bfloat16"):
             layer = graph.Layer(library, n, k, dtype, 128, zeros)
             for name in names:
-                able = [m for m in tokens if library.refusal(layer.problem(m), device, name) is None]
-                for m in able:
+                able = []
+                for m, epilogue in itertools.product(tokens, native.EPILOGUES):
+                    problem = layer.problem(m)
+                    problem.epilogue = native.EPILOGUES[epilogue]
+                    if library.refusal(problem, device, name) is None:
+                        able.append((m, epilogue))
+                for m, epilogue in able:
                     x = layer.activations(m)
-                    out = torch.empty((m, n), dtype=layer.torch_dtype, device=graph.DEVICE)
-                    call = layer.kernel(x, out, name, device)
+                    columns = n // 2 if epilogue == "swiglu" else n
+                    out = torch.empty((m, columns), dtype=layer.torch_dtype, device=graph.DEVICE)
+                    call = layer.kernel(x, out, name, device, epilogue=epilogue)
                     call(0)
                     first = out.clone()
                     differ = torch.zeros((), dtype=torch.int64, device=graph.DEVICE)
-                    # Both types and all numbers of tokens of a problem share out its runs.
+                    # Both types, all numbers of tokens and all epilogues of a problem share out its runs.
                     count = -(-options.runs // (2 * len(able)))
                     for i in range(count):
                         if i % 2:

@@ -100,12 +100,35 @@ class Layer:
         code = native.DTYPES[self.dtype]
         return Problem(m, self.n, self.k, self.group_size, code, code, int(self.zeros is not None), 0)
 
+    def epilogue(self, m: int, epilogue: str | None) -> dict[str, Any]:
+        """What an epilogue has beside x and out: no residual and no scale, so that out is the product's.
+
+        The sums of squares of "swiglu" make its factor 1.
+        """
+        if epilogue is None:
+            return {}
+        blocks = (self.n if epilogue == "add_norm" else self.k) // 16
+        beside = {"squares": torch.full((m, blocks), 16.0, device=DEVICE)}
+        if epilogue == "add_norm":
+            like = {"dtype": self.torch_dtype, "device": DEVICE}
+            beside |= {name: torch.zeros((m, self.n), **like) for name in ("residual", "scaled")}
+            beside["norm_scale"] = torch.ones(self.n, **like)
+        return beside
+
     def kernel(
-        self, x: Any, out: Any, config: str, device: native.Device, bias: Any = None
+        self,
+        x: Any,
+        out: Any,
+        config: str,
+        device: native.Device,
+        bias: Any = None,
+        epilogue: str | None = None,
     ) -> Callable[[int], None]:
         """Call i runs `config` on packed copy i."""
         problem = self.problem(x.shape[0])
         problem.has_bias = int(bias is not None)
+        problem.epilogue = native.EPILOGUES[epilogue]
+        beside = self.epilogue(x.shape[0], epilogue)
         size = self.library.workspace_bytes(problem, device, config)
         workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=DEVICE)
         operands = []
@@ -122,9 +145,11 @@ class Layer:
                     workspace=workspace.data_ptr(),
                     workspace_bytes=size,
                     alpha=1.0,
+                    num_squares=beside["squares"].shape[1] if beside else 0,
+                    **{name: array.data_ptr() for name, array in beside.items()},
                 )
             )
-        name, keep = config.encode(), (x, out, bias, workspace)
+        name, keep = config.encode(), (x, out, bias, workspace, beside)
 
         def call(i: int, _keep: Any = keep) -> None:
             self.library.run_cuda(problem, operands[i], name, stream())

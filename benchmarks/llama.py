@@ -1,7 +1,9 @@
 """A Llama decoder in Flax NNX: bfloat16 or W4A16 linear layers, a KV cache, tensor parallelism.
 
 Decoding is one program for many tokens: a loop with a fixed number of steps over unrolled layers, so that XLA
-captures the whole step as a CUDA graph, and the cache is updated in place.
+captures the whole step as a CUDA graph, and the cache is updated in place. A step of a packed layer on one
+GPU is five kernels: qkv's product; attention; o's product, the residual sum and the norm; gate_up's product
+and SwiGLU; down's product, the residual sum and the next layer's norm.
 
 Tensor parallelism runs the model inside `shard_map`, on one device's part of each weight: heads, the MLP's
 features and the vocabulary are split over the axis "model". Each of the sums over devices (of o, down and
@@ -9,7 +11,7 @@ the embedding) is one float32 all-reduce, or one kernel that has the norm in it 
 contiguous part holds whole heads, fused columns are ordered
 
     qkv      [KV head, (query heads of its group, key, value), head_dim]
-    gate_up  [block, (gate, up), MLP_BLOCK]
+    gate_up  [block, (gate, up), MLP_BLOCK]  as `dot_swiglu` wants them
 """
 
 import functools
@@ -27,10 +29,11 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import llama_attention, llama_sum
 from benchmarks.llama_config import Config
+from jax_w4a16 import dot_add_norm, dot_swiglu
 from jax_w4a16.nnx import W4A16Linear
 
 AXIS = "model"
-MLP_BLOCK = 64
+MLP_BLOCK = 8
 _F32 = jnp.float32
 
 # Of each layer, keys and values [batch x KV heads, position, head_dim]. In this form a product takes them as
@@ -50,10 +53,11 @@ def rotary(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Norm(nnx.Module):
-    """x / rms(x) * scale, in two factors: x * scale, and `factor` of the sum of squares, for after a product.
+    """x / rms(x) * scale, in two factors: x * scale, and `factor` of sums of squares, for after a product.
 
-    So the sum of squares, the residual sum before it and x * scale are one kernel; the factor, which depends
-    on all of a row, is part of a later one. The mean is left to that: XLA ends one kernel in a sum and in
+    So the sums of squares, the residual sum before them and x * scale are one kernel; the factor, which
+    depends on all of a row, is part of a later one, and so is the sum of a row's several sums: one here, one
+    for each 16 columns of `dot_add_norm`. The mean is left to that too: XLA ends one kernel in a sum and in
     x * scale, but not in what follows from the sum.
     """
 
@@ -68,8 +72,8 @@ class Norm(nnx.Module):
         return (wide * self.scale[...].astype(_F32)).astype(x.dtype), squares
 
     def factor(self, squares):
-        """1 / rms(x)."""
-        return lax.rsqrt(squares / self.scale.shape[0] + self.epsilon)
+        """1 / rms(x) [..., 1] of squares [..., S], which add up to the sum of x's."""
+        return lax.rsqrt(squares.sum(-1, keepdims=True) / self.scale.shape[0] + self.epsilon)
 
 
 class Layer(nnx.Module):
@@ -78,6 +82,7 @@ class Layer(nnx.Module):
     def __init__(self, config: Config, ways: int, rngs: nnx.Rngs):
         self.config, self.ways = config, ways
         c = config
+        self.fused = c.packed and c.products == "fused"
         self.norm_attention, self.norm_mlp = Norm(c), Norm(c)
         make = functools.partial(_linear, c, c.packed, rngs=rngs)
         features = c.heads * c.head_dim // ways
@@ -99,23 +104,32 @@ class Layer(nnx.Module):
         else:
             qkv = qkv * self.norm_attention.factor(squares)
             out, keys, values = self._attend(qkv, keys, values, position, rotation)
-        x, (scaled, squares) = _add(self.config, self.ways, x, self.o(out), self.norm_mlp)
-        gate_up = (self.gate_up(scaled) * self.norm_mlp.factor(squares)).reshape(
-            *x.shape[:2], -1, 2, MLP_BLOCK
-        )
+        x, normed = self._add_product(x, out, self.o, self.norm_mlp)
+        return self._add_product(x, self._swiglu(*normed), self.down, after), keys, values
+
+    def _add_product(self, x, features, linear, norm: Norm):
+        """x plus a product, summed over devices, and its norm."""
+        if not self.fused or self.ways > 1:
+            return _add(self.config, self.ways, x, linear(features), norm)
+        x, *normed = dot_add_norm(features, linear.weight, x, norm.scale[...])
+        return x, tuple(normed)
+
+    def _swiglu(self, scaled, squares):
+        """silu(gate) * up, from a norm's two results."""
+        if self.fused:
+            return dot_swiglu(scaled, self.gate_up.weight, squares, epsilon=self.config.epsilon)
+        gate_up = self.gate_up(scaled) * self.norm_mlp.factor(squares)
+        gate_up = gate_up.reshape(*scaled.shape[:-1], -1, 2, MLP_BLOCK)
         out = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
-        return _add(self.config, self.ways, x, self.down(out), after), keys, values
+        return out.reshape(*scaled.shape[:-1], -1).astype(scaled.dtype)
 
     def _attend_one(self, qkv, squares, keys, values, position, rotation):
         c = self.config
         heads = qkv.reshape(keys.shape[0], -1, c.head_dim)
-        cos, sin = (a[0] for a in rotation)
         out, keys, values = llama_attention.attend(
             heads,
-            squares.reshape(-1),
-            cos,
-            sin,
+            squares[:, 0],
+            *rotation,
             keys,
             values,
             position,
@@ -129,6 +143,7 @@ class Layer(nnx.Module):
         c = self.config
         batch, tokens, group = *qkv.shape[:2], c.heads // c.kv_heads
         qkv = qkv.reshape(batch, tokens, c.kv_heads // self.ways, group + 2, c.head_dim)
+        rotation = [lax.dynamic_slice_in_dim(a, position, tokens) for a in rotation]
         query = _rotate(qkv[..., :group, :], *rotation).astype(c.dtype)
         key = _rotate(qkv[..., group, :], *rotation).astype(c.dtype)
         value = qkv[..., -1, :].astype(c.dtype)
@@ -176,9 +191,22 @@ def _rotate(x, cos, sin):
     return (halves * over_heads(cos) + turned * over_heads(sin)).reshape(x.shape)
 
 
+def _largest(logits) -> tuple[jax.Array, jax.Array]:
+    """The largest along the last axis and the first place that has it, in one pass, not two."""
+    places = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+    def larger(a, b):
+        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1])) | jnp.isnan(a[0])
+        return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
+
+    none = jnp.float32(-jnp.inf), jnp.int32(np.iinfo(np.int32).max)
+    best, place = lax.reduce((logits, places), none, larger, (logits.ndim - 1,))
+    return best, place
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run_layer(graph, state, *args):
-    """One layer, and the norm after it, as a function: traced and lowered once for all the layers."""
+    """One layer, and the norm after it, as a function: traced and lowered once for all alike."""
     layer, after = nnx.merge(graph, state)
     return layer(*args, after)
 
@@ -197,19 +225,24 @@ class Llama(nnx.Module):
         head = functools.partial(_linear, c, c.packed_head, rngs=rngs, preferred_element_type=_F32)
         self.head = None if c.tied else head(c.hidden, c.vocab // ways)
 
-    def __call__(self, tokens, cache: Cache, position) -> tuple[Any, Cache]:
+    def __call__(self, tokens, cache: Cache, position, rotation=None) -> tuple[Any, Cache]:
         """tokens [batch, n] at positions `position`... -> normed hidden states, and the cache with them.
 
-        Several tokens must be a whole prompt, at position 0.
+        Several tokens must be a whole prompt, at position 0. A caller in a loop has `rotation` from before.
         """
+        if rotation is None:
+            rotation = self.rotation(cache)
         x = self._embed(tokens, self.layers[0].norm_attention)
-        rotation = rotary(self.config, position + jnp.arange(tokens.shape[1]))
         filled = []
         norms = [*(layer.norm_attention for layer in self.layers[1:]), self.norm]
         for layer, norm, (keys, values) in zip(self.layers, norms, cache, strict=True):
             x, keys, values = _run_layer(*nnx.split((layer, norm)), x, keys, values, position, rotation)
             filled.append((keys, values))
         return x[1], filled
+
+    def rotation(self, cache: Cache):
+        """`rotary` for the positions of a cache."""
+        return rotary(self.config, jnp.arange(cache[0][0].shape[1]))
 
     def _embed(self, tokens, norm):
         """The tokens' rows of the embedding [batch, n, hidden], and their norm."""
@@ -235,7 +268,7 @@ class Llama(nnx.Module):
     def pick(self, normed) -> tuple[jax.Array, jax.Array]:
         """The likeliest token [batch] after the last of the states [batch, n, hidden], and its logit."""
         logits = self.logits([a[:, -1] for a in normed])
-        best, token = logits.max(-1), logits.argmax(-1).astype(jnp.int32)
+        best, token = _largest(logits)
         if self.ways == 1:
             return token, best
         # Each device's own [best, token] in its place, in one sum; a token is a whole number below 2^24.
@@ -256,9 +289,11 @@ def prefill(model: Llama, cache: Cache, tokens) -> tuple[jax.Array, jax.Array, C
 def decode(model: Llama, cache: Cache, token, position, *, steps: int) -> tuple[jax.Array, jax.Array, Cache]:
     """From `token` [batch] at `position`: the next tokens [batch, steps], their logits, and the cache."""
 
+    rotation = model.rotation(cache)
+
     def step(i, carry):
         token, cache, tokens, logits = carry
-        hidden, cache = model(token[:, None], cache, position + i)
+        hidden, cache = model(token[:, None], cache, position + i, rotation)
         token, logit = model.pick(hidden)
         return token, cache, tokens.at[i].set(token), logits.at[i].set(logit)
 

@@ -24,9 +24,9 @@ def attend(qkv, squares, cos, sin, keys, values, position, *, hidden: int, epsil
 
     Args:
       qkv: [batch x KV heads, query heads of a KV head + 2, head_dim]: query heads, key, value, not rotated.
-      squares: float32 [batch], sums of squares: a sequence's `qkv` is multiplied by
-        1 / sqrt(squares / hidden + epsilon).
-      cos: float32 [head_dim / 2], the position's.
+      squares: float32 [batch, S], sums of squares: a sequence's `qkv` is multiplied by
+        1 / sqrt(sum(squares) / hidden + epsilon).
+      cos: float32 [length, head_dim / 2], of every position.
       sin: likewise.
       keys: [batch x KV heads, length, head_dim], of which positions before `position` are read.
       values: likewise.
@@ -70,9 +70,11 @@ def _kernel(
     program, new = pl.program_id(0), position[0]
     half, dtype = dim // 2, keys.dtype
     halves = pl.ds(0, half), pl.ds(half, half)
-    factor = lax.rsqrt(squares[program // kv_heads] / hidden + epsilon)
+    sums = jnp.arange(pl.next_power_of_2(squares.shape[1]))
+    sums = plgpu.load(squares.at[program // kv_heads, sums], mask=sums < squares.shape[1], other=0)
+    factor = lax.rsqrt(sums.sum() / hidden + epsilon)
     scaled = lambda row, part: qkv[program, row, part].astype(_F32) * factor
-    cosine, sine = cos[:], sin[:]
+    cosine, sine = cos[new, :], sin[new, :]
 
     def rotated(row):
         a, b = (scaled(row, part) for part in halves)

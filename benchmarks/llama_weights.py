@@ -135,18 +135,21 @@ def _module(config: Config, tensors: Tensors, module: tuple[str, ...]) -> dict[s
     if module == ("norm",):
         return {"scale": tensors["model.norm.weight"]}
     if module == ("head",):
-        return _weight(config, tensors, "lm_head", config.packed_head)
+        return _fields(_weight(config, tensors, "lm_head", config.packed_head))
     _, index, name = module
     found = [f"model.layers.{index}.{part}" for part in _PARTS[name]]
     if name.startswith("norm"):
         return {"scale": tensors[f"{found[0]}.weight"]}
     parts = [_weight(config, tensors, part, config.packed) for part in found]
+    if name == "gate_up" and config.packed:
+        return _fields(jax_w4a16.interleave(*parts))
     blocks = {"qkv": config.kv_heads, "gate_up": config.mlp // llama.MLP_BLOCK}.get(name, 1)
-    return {field: _fuse([part[field] for part in parts], field, blocks) for field in parts[0]}
+    parts = [_fields(part) for part in parts]
+    return {field: _fuse([part[field] for part in parts], blocks) for field in parts[0]}
 
 
-def _weight(config: Config, tensors: Tensors, name: str, packed: bool) -> dict[str, Any]:
-    """One linear layer's fields, quantised or dequantised where the checkpoint has the other form.
+def _weight(config: Config, tensors: Tensors, name: str, packed: bool) -> Any:
+    """One linear layer's weight, quantised or dequantised where the checkpoint has the other form.
 
     A packed weight that wants its inputs changed is refused: query, key and value, or gate and up, become one
     layer, with one input, and each may want another change.
@@ -161,10 +164,15 @@ def _weight(config: Config, tensors: Tensors, name: str, packed: bool) -> dict[s
         weight = weight.dequantize(config.dtype)
     elif own := sorted(set(weight.arrays) - {"qweight", "scales", "zeros"}):
         raise ValueError(f"{name}: expected a packed weight with no change of the inputs, got {own}")
-    return weight.arrays if packed else {"kernel": weight}
+    return weight
 
 
-def _fuse(arrays: list[jax.Array], field: str, blocks: int) -> jax.Array:
+def _fields(weight: Any) -> dict[str, Any]:
+    """A linear layer's arrays, by name."""
+    return weight.arrays if isinstance(weight, QuantizedWeight) else {"kernel": weight}
+
+
+def _fuse(arrays: list[jax.Array], blocks: int) -> jax.Array:
     """Concatenates along N, block by block: one of the first array, one of the second, ..."""
     if len(arrays) == 1:
         return arrays[0]
