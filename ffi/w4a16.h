@@ -78,8 +78,8 @@ typedef struct {
  * product.
  *
  * W4A16_SWIGLU: of each 16 columns of y the first 8 are gate's, the others up's; out is [M, N / 2].
- * If squares is not NULL, y is divided by sqrt(sum of a row's num_squares squares / K + epsilon).
- */
+ * If squares is not NULL, y is divided by sqrt(sum of a row's num_squares squares / K + epsilon);
+ * their number is a multiple of 4. */
 typedef struct {
   const void* x;
   const uint32_t* qweight;
