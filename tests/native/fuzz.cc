@@ -179,7 +179,8 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
   c.fractional_zeros = draw.Chance(30);
   const bool decode = options.family.empty() || options.family == "decode";
   if (options.cuda && decode && !c.ragged && !p.has_bias && p.out_dtype == p.x_dtype &&
-      p.n % 16 == 0 && device.compute_capability >= 80 && draw.Chance(50)) {
+      p.n % 16 == 0 && p.k % 8 == 0 && (p.group_size >= p.k || p.group_size % 64 == 0) &&
+      device.compute_capability >= 80 && draw.Chance(50)) {
     p.epilogue = draw.OneOf({W4A16_ADD_NORM, W4A16_SWIGLU});
     if (p.epilogue == W4A16_SWIGLU && draw.Chance(80)) c.num_squares = 4 * draw.Between(1, 75);
   }
