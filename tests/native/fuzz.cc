@@ -215,7 +215,9 @@ struct Neighbours {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < residual.size(); ++i) residual.Set(i, normal(random));
     for (int64_t i = 0; i < norm_scale.size(); ++i) norm_scale.Set(i, normal(random));
-    for (int64_t i = 0; i < squares.size(); ++i) squares.Set(i, std::abs(normal(random)));
+    // Factors about 1, so that no product leaves float16.
+    for (int64_t i = 0; i < squares.size(); ++i)
+      squares.Set(i, std::abs(normal(random)) * static_cast<float>(c.problem.k));
   }
 
   static bool IsAddNorm(const Case& c) { return c.problem.epilogue == W4A16_ADD_NORM; }
