@@ -30,23 +30,49 @@ w4a16_epilogue ParseEpilogue(const std::string& name) {
   return epilogue;
 }
 
-// Calls `body(problem, device)` with the arguments that the look-ups share.
-template <typename Body>
-auto WithProblem(int64_t m, int64_t n, int64_t k, int64_t group_size, const std::string& x_dtype,
-                 const std::string& out_dtype, bool has_zeros, bool has_bias, bool batch_invariant,
-                 int compute_capability, int num_sms, const std::string& epilogue, Body&& body) {
-  const w4a16_problem problem = {m,
-                                 n,
-                                 k,
-                                 group_size,
-                                 ParseDType(x_dtype),
-                                 ParseDType(out_dtype),
-                                 has_zeros,
-                                 has_bias,
-                                 batch_invariant,
-                                 ParseEpilogue(epilogue)};
-  const w4a16_device device = {compute_capability, num_sms};
-  return body(problem, device);
+// A problem and a device, of the keyword arguments that the look-ups share.
+class Facts {
+ public:
+  explicit Facts(const nb::kwargs& given) : given_(given) {
+    problem = {Take<int64_t>("m"),
+               Take<int64_t>("n"),
+               Take<int64_t>("k"),
+               Take<int64_t>("group_size"),
+               ParseDType(Take<std::string>("x_dtype")),
+               ParseDType(Take<std::string>("out_dtype")),
+               Take<bool>("has_zeros"),
+               Take<bool>("has_bias"),
+               Take<bool>("batch_invariant"),
+               ParseEpilogue(given.contains("epilogue") ? Take<std::string>("epilogue") : "none")};
+    device = {Take<int32_t>("compute_capability"), Take<int32_t>("num_sms")};
+    if (given.size() != taken_)
+      throw nb::type_error(("expected " + std::to_string(taken_) + " keyword arguments, got " +
+                            std::to_string(given.size()))
+                               .c_str());
+  }
+
+  w4a16_problem problem;
+  w4a16_device device;
+
+ private:
+  template <typename T>
+  T Take(const char* name) {
+    T value;
+    if (!given_.contains(name) || !nb::try_cast(given_[name], value))
+      throw nb::type_error((std::string(name) + ": missing, or of another type").c_str());
+    ++taken_;
+    return value;
+  }
+
+  const nb::kwargs& given_;
+  size_t taken_ = 0;
+};
+
+// None if `status` is ok, the message of a refusal; the caller's mistakes raise.
+std::optional<std::string> Refusal(const w4a16_status& status) {
+  if (status.code == W4A16_UNSUPPORTED) return status.message;
+  ThrowIfFailed(status);
+  return std::nullopt;
 }
 
 // Folder of the package: this module's own.
@@ -115,98 +141,50 @@ NB_MODULE(_w4a16, m) {
   m.def("registrations", &RegistrationsDict);
   m.def("build_info", &BuildInfo);
   m.def("configs", &Configs);
+
+  // These take a problem and a device by keyword (Facts).
   m.def(
       "select",
-      [](int64_t m, int64_t n, int64_t k, int64_t group_size, const std::string& x_dtype,
-         const std::string& out_dtype, bool has_zeros, bool has_bias, bool batch_invariant,
-         int compute_capability, int num_sms, const std::string& epilogue,
-         int64_t workspace_limit) {
-        return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, epilogue, [&](const auto& problem, const auto& device) {
-              const char* config = nullptr;
-              int64_t bytes = 0;
-              ThrowIfFailed(w4a16_select(&problem, &device, workspace_limit, &config));
-              ThrowIfFailed(w4a16_workspace_bytes(&problem, &device, config, &bytes));
-              return nb::make_tuple(config, bytes);
-            });
+      [](int64_t workspace_limit, const nb::kwargs& facts) {
+        const Facts f(facts);
+        const char* config = nullptr;
+        int64_t bytes = 0;
+        ThrowIfFailed(w4a16_select(&f.problem, &f.device, workspace_limit, &config));
+        ThrowIfFailed(w4a16_workspace_bytes(&f.problem, &f.device, config, &bytes));
+        return nb::make_tuple(config, bytes);
       },
-      nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"), nb::arg("x_dtype"),
-      nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"), nb::arg("batch_invariant"),
-      nb::arg("compute_capability"), nb::arg("num_sms"), nb::arg("epilogue") = "none",
-      nb::arg("workspace_limit") = -1);
+      nb::arg("workspace_limit") = -1, nb::arg("facts"));
   m.def(
       "workspace_bytes",
-      [](const std::string& config, int64_t m, int64_t n, int64_t k, int64_t group_size,
-         const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         bool batch_invariant, int compute_capability, int num_sms, const std::string& epilogue) {
-        return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, epilogue, [&](const auto& problem, const auto& device) {
-              int64_t bytes = 0;
-              ThrowIfFailed(w4a16_workspace_bytes(&problem, &device, config.c_str(), &bytes));
-              return bytes;
-            });
+      [](const std::string& config, const nb::kwargs& facts) {
+        const Facts f(facts);
+        int64_t bytes = 0;
+        ThrowIfFailed(w4a16_workspace_bytes(&f.problem, &f.device, config.c_str(), &bytes));
+        return bytes;
       },
-      nb::arg("config"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
-      nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
-      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
-      nb::arg("epilogue") = "none");
+      nb::arg("config"), nb::arg("facts"));
   m.def(
       "can_implement",
-      [](const std::string& config, int64_t m, int64_t n, int64_t k, int64_t group_size,
-         const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         bool batch_invariant, int compute_capability, int num_sms, const std::string& epilogue) {
-        return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, epilogue,
-            [&](const auto& problem, const auto& device) -> std::optional<std::string> {
-              const w4a16_status status = w4a16_can_implement(&problem, &device, config.c_str());
-              if (status.code == W4A16_OK) return std::nullopt;
-              if (status.code == W4A16_UNSUPPORTED) return status.message;
-              throw nb::value_error(status.message);
-            });
+      [](const std::string& config, const nb::kwargs& facts) {
+        const Facts f(facts);
+        return Refusal(w4a16_can_implement(&f.problem, &f.device, config.c_str()));
       },
-      nb::arg("config"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
-      nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
-      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
-      nb::arg("epilogue") = "none", "Why `config` cannot serve the problem, or None if it can.");
+      nb::arg("config"), nb::arg("facts"),
+      "Why `config` cannot serve the problem, or None if it can.");
   m.def(
       "ragged_select",
-      [](int64_t experts, int64_t m, int64_t n, int64_t k, int64_t group_size,
-         const std::string& x_dtype, const std::string& out_dtype, bool has_zeros, bool has_bias,
-         bool batch_invariant, int compute_capability, int num_sms, const std::string& epilogue) {
-        return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, epilogue, [&](const auto& problem, const auto& device) {
-              const char* config = nullptr;
-              ThrowIfFailed(w4a16_ragged_select(&problem, experts, &device, &config));
-              return config;
-            });
+      [](int64_t experts, const nb::kwargs& facts) {
+        const Facts f(facts);
+        const char* config = nullptr;
+        ThrowIfFailed(w4a16_ragged_select(&f.problem, experts, &f.device, &config));
+        return config;
       },
-      nb::arg("experts"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
-      nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"), nb::arg("has_bias"),
-      nb::arg("batch_invariant"), nb::arg("compute_capability"), nb::arg("num_sms"),
-      nb::arg("epilogue") = "none");
+      nb::arg("experts"), nb::arg("facts"));
   m.def(
       "ragged_can_implement",
-      [](const std::string& config, int64_t experts, int64_t m, int64_t n, int64_t k,
-         int64_t group_size, const std::string& x_dtype, const std::string& out_dtype,
-         bool has_zeros, bool has_bias, bool batch_invariant, int compute_capability, int num_sms,
-         const std::string& epilogue) {
-        return WithProblem(
-            m, n, k, group_size, x_dtype, out_dtype, has_zeros, has_bias, batch_invariant,
-            compute_capability, num_sms, epilogue,
-            [&](const auto& problem, const auto& device) -> std::optional<std::string> {
-              const w4a16_status status =
-                  w4a16_ragged_can_implement(&problem, experts, &device, config.c_str());
-              if (status.code == W4A16_OK) return std::nullopt;
-              if (status.code == W4A16_UNSUPPORTED) return status.message;
-              throw nb::value_error(status.message);
-            });
+      [](const std::string& config, int64_t experts, const nb::kwargs& facts) {
+        const Facts f(facts);
+        return Refusal(w4a16_ragged_can_implement(&f.problem, experts, &f.device, config.c_str()));
       },
-      nb::arg("config"), nb::arg("experts"), nb::arg("m"), nb::arg("n"), nb::arg("k"),
-      nb::arg("group_size"), nb::arg("x_dtype"), nb::arg("out_dtype"), nb::arg("has_zeros"),
-      nb::arg("has_bias"), nb::arg("batch_invariant"), nb::arg("compute_capability"),
-      nb::arg("num_sms"), nb::arg("epilogue") = "none");
+      nb::arg("config"), nb::arg("experts"), nb::arg("facts"));
 }

@@ -66,8 +66,8 @@ typedef struct {
   int32_t has_bias;
   int32_t
       batch_invariant; /* a row's result must not depend on M or on the other rows, to the bit */
-  w4a16_epilogue epilogue; /* CUDA's decode kernels alone; then out is of x_dtype, N % 16 == 0, and
-                              there is no bias */
+  w4a16_epilogue epilogue; /* CUDA's decode kernels alone; then out is of x_dtype, there is no bias,
+                              N % 16 == 0, K % 8 == 0, and a group is whole 64 codes, or K */
 } w4a16_problem;
 
 /* The arrays of a call.
