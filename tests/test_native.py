@@ -207,10 +207,8 @@ def test_epilogues_are_for_gpus(library, epilogue):
     ],
 )
 def test_malformed_epilogue(library, epilogue, part, field, value, message):
-    call = FusedCall(ADD_NORM) if epilogue == 0 else FusedCall(epilogue)
-    if epilogue == 0:
-        call.problem.epilogue = 0
-        call.operands.residual = call.operands.norm_scale = call.operands.scaled = None
+    call = FusedCall(epilogue or SWIGLU)
+    call.problem.epilogue = epilogue
     target = getattr(call, part)
     if part == "operands" and field != "num_squares" and value is not None:
         value += call.operands.out
