@@ -126,10 +126,12 @@ class Layer(nnx.Module):
     def _attend_one(self, qkv, squares, keys, values, position, rotation):
         c = self.config
         heads = qkv.reshape(keys.shape[0], -1, c.head_dim)
+        cos, sin = rotation
         out, keys, values = llama_attention.attend(
             heads,
             squares[:, 0],
-            *rotation,
+            cos,
+            sin,
             keys,
             values,
             position,
@@ -165,7 +167,10 @@ class Layer(nnx.Module):
         return out.reshape(batch, tokens, -1), keys, values
 
 
-def _linear(config: Config, packed: bool, k: int, n: int, *, rngs: nnx.Rngs, preferred_element_type=None):
+def _linear(
+    config: Config, packed: bool, k: int, n: int, *, rngs: nnx.Rngs, preferred_element_type=None
+) -> Any:
+    """An nnx.Linear or a W4A16Linear."""
     shared = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.dtype, "rngs": rngs}
     shared["preferred_element_type"] = preferred_element_type
     if not packed:
