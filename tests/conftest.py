@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import jax_w4a16
-from jax_w4a16 import _sharding
+from jax_w4a16 import _config, _ffi, _sharding
 
 IMPLEMENTATIONS = ("cpu", "reference", pytest.param("cuda", marks=pytest.mark.gpu))
 
@@ -54,3 +54,10 @@ def kernel(request):
 def fresh_warnings(monkeypatch):
     """Warnings that are given once can be given again."""
     monkeypatch.setattr(_sharding, "_warned", set())
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """This build and machine have CUDA kernels, as far as lowering asks; a GPU is another thing."""
+    monkeypatch.setattr(_ffi, "has_cuda", lambda: True)
+    monkeypatch.setattr(_config, "local_gpu", lambda: None)
