@@ -32,7 +32,8 @@ def dot(
     gradient with respect to x takes the weight in the result's type: in float16, what is beyond 65504 is inf.
 
     Args:
-      x: activations [..., K], float16, bfloat16 or (CPU and reference only) float32.
+      x: activations [..., K], float16, bfloat16 or (CPU and reference only) float32. Hopper's kernels need
+        bfloat16 ones below 2^63.
       qw: a QuantizedWeight, or packed codes, uint32 [ceil(K/64), ceil(N/16), 128].
       scales: [ceil(K/g), N] of x's type, where qw is an array. 16-bit scales also serve a float32 x; so do
         zeros and bias. Hopper's kernels need bfloat16 scales below 2^35, and float16 ones with zeros

@@ -165,6 +165,19 @@ def test_rows_are_independent_and_scale_exactly(implementation):
         np.testing.assert_array_equal(np.delete(got, 7, 0), np.delete(out, 7, 0))
 
 
+@pytest.mark.parametrize("exponent", [-60, 60])
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_x_far_from_one(implementation, m, exponent):
+    """In bfloat16 a power of two goes through a product: what a kernel makes of x has room for it."""
+    for zeros, n in itertools.product(("none", "fractional"), (16, 128)):
+        case = oracle.Case(m, 512, n, 128, "bfloat16", "float32", zeros, seed=12)
+        ops = oracle.operands(case)
+        x = ops.x.astype(np.float32) * 2.0**exponent
+        got = run(case, ops, implementation, x=x.astype(ops.x.dtype)) / 2.0**exponent
+        want = run(case, ops, implementation)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max(), err_msg=str(case))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("m", [3, 100])
 def test_nan_and_inf_stay_in_their_row_or_column(implementation, m, value):

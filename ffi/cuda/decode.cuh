@@ -19,7 +19,8 @@
 // then partial * scale is added to the total. With affine codes (dequant.cuh) A holds
 // (code + offset) / step, and sum(x) of the part comes from mma as well (SumTokens):
 //   sum x (code - zero) / step  =  sum(x a) - (zero + offset) * sum(x / step);
-// the totals are multiplied by step at the end.
+// where rows 0 .. 7 of a block hold the codes of rows 8 .. 15 as well (CodeBytes), sum(x a) of the
+// latter is subtracted first. The totals are multiplied by step at the end.
 //
 // What the speed hangs on (H200, measured): CTAs of equal work, one or two to an SM, hence tiles of
 // any multiple of 16; stages that begin at multiples of 128 bytes (else up to 13% slower); and few
@@ -43,6 +44,10 @@
 // way, took 5% off (at M = 8 3%, of larger layers 1 to 3%). To run the loop and the end once on
 // nothing meanwhile, so that their instructions are in the cache, cost 3 to 10%. A bias loaded as
 // the warps meet costs 0.5%; loaded after that 2.5, at the start (and converted there) 5.
+//
+// Codes of fewer instructions: of a word's seven in bfloat16, two gone with x made LargeX took 3 to
+// 5% off (geometric mean of 8 shapes; 12% of 8192 x 28672 at M = 8), one more with CodeBytes 1 to
+// 2%; in float16, where that one was the fifth, 1% up to M = 8 and nothing at M = 16.
 //
 // What limits M = 16 is the products: at 8192 x 28672 warps mostly wait for the tensor cores, which
 // are busy for half of the time, or for another's instruction, and hardly for memory. Two tokens'
@@ -226,6 +231,7 @@ class StageLoader {
   static constexpr int kRowChunks = kTileN / 8;  // of 16 bytes, in a row of scales
   static constexpr int kScaleChunks = kScaleRows * kRowChunks;
   static constexpr int kWeightBytes = kBlocks * kTileBlocks * kBlockBytes;
+  static_assert(kWeightBytes % 1024 == 0);  // behind it the swizzle of x begins
   static constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
   static constexpr int kPass = 32 / kChunks;  // rows of x copied at a time
   static_assert(kFewRows == kPass);

@@ -120,17 +120,25 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         const int i = (part * kSteps + s) / 2;
         uint32_t v[4];
         LoadMatrix4(x_addresses[i % 2] + (i / 2 * kXRows + 8 * j) * (kBlockK * 2), v);
+        if constexpr (kAffine) {
+#pragma unroll
+          for (uint32_t& pair : v) pair = D::LargeX(pair);
+        }
         x[j][s][0] = v[0], x[j][s][1] = v[1];
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
-    float sum[kTokenBlocks][4], minus[kTokenBlocks][4];
+    float sum[kTokenBlocks][4], minus[kTokenBlocks][4];  // to subtract
+    float begin[kTokenBlocks][4];                        // what accumulators begin with for that
     if constexpr (kAffine) {
 #pragma unroll
       for (int j = 0; j < kTokenBlocks; ++j) {
         SumTokens<T, kSteps, kTokenBlocks>(x[j], sum[j]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) minus[j][i] = -(kSymmetricZero + D::kOffset) * sum[j][i];
+        for (int i = 3; i >= 0; --i) {
+          minus[j][i] = -(kSymmetricZero + D::kOffset) * sum[j][i];
+          begin[j][i] = minus[j][i] + (D::kAddsHalves && i < 2 ? minus[j][i + 2] : 0);
+        }
       }
     }
 #pragma unroll
@@ -162,24 +170,33 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)
             Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1],
-                   begun && s == 0 ? minus[j] : partial[r][s % kChains][j]);
+                   begun && s == 0 ? begin[j] : partial[r][s % kChains][j]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2 * kRows && r0 + i / 2 < kTileBlocks; ++i) {
-        const int r = i / 2, half = i % 2;
-        const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
-        const float scale = LoadSharedFloat<T>(row);
-        float zero = 0;
-        if constexpr (kZeros) zero = LoadSharedFloat<T>(row + 2 * kParts * kTileN) + D::kOffset;
+      for (int r = 0; r < kRows && r0 + r < kTileBlocks; ++r) {
+        float scale[2], zero[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
+          scale[half] = LoadSharedFloat<T>(row);
+          if constexpr (kZeros)
+            zero[half] = LoadSharedFloat<T>(row + 2 * kParts * kTileN) + D::kOffset;
+        }
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
+          float v[4];
 #pragma unroll
-          for (int c = 2 * half; c < 2 * half + 2; ++c) {
-            float v = partial[r][0][j][c];
-            if constexpr (kChains == 2) v += partial[r][1][j][c];
-            if (kAffine && !begun) v = kZeros ? fmaf(-zero, sum[j][c], v) : v + minus[j][c];
-            acc[r0 + r][j][c] = fmaf(scale, v, acc[r0 + r][j][c]);
+          for (int i = 3; i >= 0; --i) {
+            v[i] = partial[r][0][j][i];
+            if constexpr (kChains == 2) v[i] += partial[r][1][j][i];
+            if (kAffine && D::kAddsHalves && i < 2) v[i] -= v[i + 2];
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (kAffine && !begun)
+              v[i] = kZeros ? fmaf(-zero[i / 2], sum[j][i], v[i]) : v[i] + minus[j][i];
+            acc[r0 + r][j][i] = fmaf(scale[i / 2], v[i], acc[r0 + r][j][i]);
           }
         }
       }

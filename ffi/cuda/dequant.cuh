@@ -8,8 +8,9 @@
 //             0x0000 | c << 4   = c * 2^-20
 //   bfloat16  0x4300 | c        = 128 + c            7 bits of mantissa: c must be shifted to bit 0
 //             0x3f80 | c        = 1 + c / 128
-//             0x0000 | c        = c * 2^-133         a subnormal; not for mma: sums would be, too
+//             0x0000 | c        = c * 2^-133         a subnormal; so are sums, unless x is LargeX
 //             0x0000 | c << 4   = c * 2^-129         its highest bit is the exponent's lowest
+//   Either, with a whole byte in place of c.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,6 +36,12 @@ __device__ __forceinline__ uint32_t AddF16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
+__device__ __forceinline__ uint32_t MulBf16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 __device__ __forceinline__ uint32_t FmaBf16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -49,6 +56,15 @@ __device__ __forceinline__ void CodeBits(uint32_t w, uint32_t (&a)[4]) {
   a[1] = w & 0x00f000f0;
   a[2] = v & 0x000f000f;
   a[3] = v & 0x00f000f0;
+}
+
+// Likewise, in an instruction less, but a[0] and a[2] are whole bytes, of which a[1] and a[3] are
+// the upper halves: sums over row half 0 have those over row half 1 in them.
+__device__ __forceinline__ void CodeBytes(uint32_t w, uint32_t (&a)[4]) {
+  a[0] = w & 0x00ff00ff;
+  a[1] = w & 0x00f000f0;
+  a[2] = __byte_perm(w, 0, 0x4341);
+  a[3] = a[2] & 0x00f000f0;
 }
 
 // Both bit patterns below belong to small integers (or halves of them), so every result is exact.
@@ -70,13 +86,16 @@ struct Dequantizer<__half> {
     a[3] = AddF16x2(AndOr(v, 0x00f000f0, 0x54005400), kHigh);
   }
 
-  // a = (code + kOffset) / Step(r), in fewer instructions; r = 0, 1 is the row half.
+  // a = (code + kOffset) / Step(r), in fewer instructions, for x made LargeX; r = 0, 1 is the row
+  // half. kAddsHalves: as CodeBytes makes them.
   static constexpr float kOffset = 0.0f;
+  static constexpr bool kAddsHalves = true;
+  __device__ static __forceinline__ uint32_t LargeX(uint32_t x) { return x; }
   __device__ static constexpr float Step(int r) { return r == 0 ? 0x1p24f : 0x1p20f; }
   __device__ static constexpr uint32_t InverseStep(int r) {
     return r == 0 ? 0x00010001 : 0x00100010;
   }
-  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) { CodeBits(w, a); }
+  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) { CodeBytes(w, a); }
 
   // Fractional zeros below 2^-5, and such differences, are rounded to multiples of 2^-15.
   static constexpr float kUnit = 0x1p9f;
@@ -101,13 +120,27 @@ struct Dequantizer<__nv_bfloat16> {
     }
   }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  // x * 2^64, so that sums are normal: finite for x below 2^63, and what is lost is below 2^-80.
+  static constexpr float kOffset = 0.0f;
+  static constexpr bool kAddsHalves = true;
+  __device__ static __forceinline__ uint32_t LargeX(uint32_t x) { return MulBf16x2(x, 0x5f805f80); }
+  __device__ static constexpr float Step(int r) { return r == 0 ? 0x1p69f : 0x1p65f; }
+  __device__ static constexpr uint32_t InverseStep(int r) {
+    return r == 0 ? 0x00010001 : 0x00100010;
+  }
+  __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) { CodeBytes(w, a); }
+#else
   static constexpr float kOffset = 128.0f;
+  static constexpr bool kAddsHalves = false;
+  __device__ static __forceinline__ uint32_t LargeX(uint32_t x) { return x; }
   __device__ static constexpr float Step(int) { return 128.0f; }
   __device__ static constexpr uint32_t InverseStep(int) { return 0x3c003c00; }
   __device__ static __forceinline__ void Affine(uint32_t w, uint32_t (&a)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = AndOr(w >> (4 * i), 0x000f000f, 0x3f803f80);
   }
+#endif
 
   // Exact for scales below 2^35 and products from 2^-86 on.
   static constexpr float kUnit = 0x1p40f;

@@ -338,16 +338,18 @@ __device__ inline uint64_t DescriptorSwizzle128(uint32_t shared) {
          (kSwizzle128 << 62);
 }
 
-#define W4A16_ACC8(i)                                                                         \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define W4A16_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define W4A16_ACC8(i) W4A16_ACC4(i), W4A16_ACC4(i + 4)
 #define W4A16_ACC16(i) W4A16_ACC8(i), W4A16_ACC8(i + 8)
 #define W4A16_ACC32(i) W4A16_ACC16(i), W4A16_ACC16(i + 16)
 #define W4A16_ACC64(i) W4A16_ACC32(i), W4A16_ACC32(i + 32)
 #define W4A16_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define W4A16_R16 \
+#define W4A16_R12 \
   W4A16_R8        \
-  ", %8, %9, %10, %11, %12, %13, %14, %15"
+  ", %8, %9, %10, %11"
+#define W4A16_R16 \
+  W4A16_R12       \
+  ", %12, %13, %14, %15"
 #define W4A16_R24 \
   W4A16_R16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -397,9 +399,10 @@ template <typename T, int kN>
 __device__ inline void Wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
                              int accumulate = 1) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kN == 16 || kN == 32 || kN == 48 || kN == 64 || kN == 96 || kN == 128 ||
+  static_assert(kN == 16 || kN == 24 || kN == 32 || kN == 48 || kN == 64 || kN == 96 || kN == 128 ||
                 kN == 192 || kN == 256);
   W4A16_WGMMA_CASE(16, W4A16_R8, 8, 9, 10, 11, 12, 13, W4A16_ACC8(0));
+  W4A16_WGMMA_CASE(24, W4A16_R12, 12, 13, 14, 15, 16, 17, W4A16_ACC8(0), W4A16_ACC4(8));
   W4A16_WGMMA_CASE(32, W4A16_R16, 16, 17, 18, 19, 20, 21, W4A16_ACC16(0));
   W4A16_WGMMA_CASE(48, W4A16_R24, 24, 25, 26, 27, 28, 29, W4A16_ACC16(0), W4A16_ACC8(16));
   W4A16_WGMMA_CASE(64, W4A16_R32, 32, 33, 34, 35, 36, 37, W4A16_ACC32(0));
@@ -409,11 +412,13 @@ __device__ inline void Wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
   W4A16_WGMMA_CASE(256, W4A16_R128, 128, 129, 130, 131, 132, 133, W4A16_ACC64(0), W4A16_ACC64(64));
 }
 
+#undef W4A16_ACC4
 #undef W4A16_ACC8
 #undef W4A16_ACC16
 #undef W4A16_ACC32
 #undef W4A16_ACC64
 #undef W4A16_R8
+#undef W4A16_R12
 #undef W4A16_R16
 #undef W4A16_R24
 #undef W4A16_R32
