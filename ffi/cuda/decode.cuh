@@ -47,7 +47,8 @@
 //
 // Codes of fewer instructions: of a word's seven in bfloat16, two gone with x made LargeX took 3 to
 // 5% off (geometric mean of 8 shapes; 12% of 8192 x 28672 at M = 8), one more with CodeBytes 1 to
-// 2%; in float16, where that one was the fifth, 1% up to M = 8 and nothing at M = 16.
+// 2%; in float16, where that one was the fifth, 1% up to M = 8 and nothing at M = 16. Exact ones of
+// eight instructions instead of eleven took 6% off 4096 x 4096 at M = 16.
 //
 // What limits M = 16 is the products: at 8192 x 28672 warps mostly wait for the tensor cores, which
 // are busy for half of the time, or for another's instruction, and hardly for memory. Two tokens'
@@ -484,6 +485,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     }
   }
 
+  using D = Dequantizer<T>;
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
   const uint32_t partial = ring_address + 4 * (lane / 4);
 #pragma unroll
@@ -493,7 +495,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         StoreShared(partial + 4 * ((8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8),
-                    kAffine ? acc[r][j][i] * Dequantizer<T>::Step(i / 2) : acc[r][j][i]);
+                    acc[r][j][i] * (kAffine ? D::Step(i / 2) : D::ExactStep(i / 2)));
     }
   }
   if constexpr (kEpilogue == W4A16_SWIGLU) FindFactors(p, factors, m0, rows);

@@ -128,8 +128,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
-    float sum[kTokenBlocks][4], minus[kTokenBlocks][4];  // to subtract
-    float begin[kTokenBlocks][4];                        // what accumulators begin with for that
+    float sum[kTokenBlocks][4], minus[kTokenBlocks][4];  // minus: added to sums as they are
     if constexpr (kAffine) {
 #pragma unroll
       for (int j = 0; j < kTokenBlocks; ++j) {
@@ -137,7 +136,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
           minus[j][i] = -(kSymmetricZero + D::kOffset) * sum[j][i];
-          begin[j][i] = minus[j][i] + (D::kAddsHalves && i < 2 ? minus[j][i + 2] : 0);
+          if (D::kAddsHalves && i < 2) minus[j][i] += minus[j][i + 2];
         }
       }
     }
@@ -165,12 +164,12 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
           if constexpr (kAffine) {
             D::Affine(words[r][s], a);
           } else {
-            D::Exact(words[r][s], a);
+            D::ExactBytes(words[r][s], a);
           }
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)
             Mma<T>(partial[r][s % kChains][j], a, x[j][s][0], x[j][s][1],
-                   begun && s == 0 ? begin[j] : partial[r][s % kChains][j]);
+                   begun && s == 0 ? minus[j] : partial[r][s % kChains][j]);
         }
       }
 #pragma unroll
@@ -190,12 +189,12 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
           for (int i = 3; i >= 0; --i) {
             v[i] = partial[r][0][j][i];
             if constexpr (kChains == 2) v[i] += partial[r][1][j][i];
-            if (kAffine && D::kAddsHalves && i < 2) v[i] -= v[i + 2];
+            if (kAffine && !kZeros && !begun) v[i] += minus[j][i];
+            if ((!kAffine || D::kAddsHalves) && i < 2) v[i] -= v[i + 2];
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (kAffine && !begun)
-              v[i] = kZeros ? fmaf(-zero[i / 2], sum[j][i], v[i]) : v[i] + minus[j][i];
+            if constexpr (kAffine && kZeros) v[i] = fmaf(-zero[i / 2], sum[j][i], v[i]);
             acc[r0 + r][j][i] = fmaf(scale[i / 2], v[i], acc[r0 + r][j][i]);
           }
         }

@@ -6,8 +6,7 @@
 //             0x5400 | c << 4   = 64 + c             c in bits 4..7
 //             0x0000 | c        = c * 2^-24          a subnormal, which mma multiplies exactly
 //             0x0000 | c << 4   = c * 2^-20
-//   bfloat16  0x4300 | c        = 128 + c            7 bits of mantissa: c must be shifted to bit 0
-//             0x3f80 | c        = 1 + c / 128
+//   bfloat16  0x3f80 | c        = 1 + c / 128        7 bits of mantissa: c must be shifted to bit 0
 //             0x0000 | c        = c * 2^-133         a subnormal; so are sums, unless x is LargeX
 //             0x0000 | c << 4   = c * 2^-129         its highest bit is the exponent's lowest
 //   Either, with a whole byte in place of c.
@@ -33,6 +32,12 @@ __device__ __forceinline__ uint32_t AndOr(uint32_t a, uint32_t b, uint32_t c) {
 __device__ __forceinline__ uint32_t AddF16x2(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t FmaF16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
@@ -86,8 +91,17 @@ struct Dequantizer<__half> {
     a[3] = AddF16x2(AndOr(v, 0x00f000f0, 0x54005400), kHigh);
   }
 
+  // a = (code - 8) / ExactStep(r), as CodeBytes makes them; r = 0, 1 is the row half.
+  __device__ static constexpr float ExactStep(int r) { return r == 0 ? 0x1p9f : 0x1p5f; }
+  __device__ static __forceinline__ void ExactBytes(uint32_t w, uint32_t (&a)[4]) {
+    CodeBytes(w, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      a[i] = FmaF16x2(a[i], 0x78007800, i % 2 == 0 ? 0xb440b440 : 0xb400b400);
+  }
+
   // a = (code + kOffset) / Step(r), in fewer instructions, for x made LargeX; r = 0, 1 is the row
-  // half. kAddsHalves: as CodeBytes makes them.
+  // half. kAddsHalves: they are as CodeBytes makes them.
   static constexpr float kOffset = 0.0f;
   static constexpr bool kAddsHalves = true;
   __device__ static __forceinline__ uint32_t LargeX(uint32_t x) { return x; }
@@ -111,13 +125,12 @@ struct Dequantizer<__half> {
 
 template <>
 struct Dequantizer<__nv_bfloat16> {
-  __device__ static __forceinline__ void Exact(uint32_t w, uint32_t (&a)[4]) {
-    constexpr uint32_t kOne = 0x3f803f80;
-    constexpr uint32_t kMinus = 0xc308c308;  // -(128 + 8)
+  __device__ static constexpr float ExactStep(int r) { return r == 0 ? 0x1p40f : 0x1p36f; }
+  __device__ static __forceinline__ void ExactBytes(uint32_t w, uint32_t (&a)[4]) {
+    CodeBytes(w, a);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i] = FmaBf16x2(AndOr(w >> (4 * i), 0x000f000f, 0x43004300), kOne, kMinus);
-    }
+    for (int i = 0; i < 4; ++i)
+      a[i] = FmaBf16x2(a[i], 0x6e006e00, i % 2 == 0 ? 0xaf08af08 : 0xaf00af00);
   }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
