@@ -92,8 +92,8 @@ __device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], float 
   }
 }
 
-// The products of one unit, over Dequantizer's step with affine codes: acc[r][j] += rows 16 r ..
-// of the tile times tokens 8 j .. .
+// The products of one unit, over Dequantizer's Step with affine codes, else over its ExactStep:
+// acc[r][j] += rows 16 r .. of the tile times tokens 8 j .. .
 template <typename T, int kTileN, int kTileM, int kXRows, int kBlocks, bool kZeros, int kParts>
 __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets& offsets,
                                               float (&acc)[kTileN / 16][kTileM / 8][4]) {
