@@ -94,10 +94,11 @@ struct Dequantizer<__half> {
   // a = (code - 8) / ExactStep(r), as CodeBytes makes them; r = 0, 1 is the row half.
   __device__ static constexpr float ExactStep(int r) { return r == 0 ? 0x1p9f : 0x1p5f; }
   __device__ static __forceinline__ void ExactBytes(uint32_t w, uint32_t (&a)[4]) {
+    constexpr uint32_t kFactor = 0x78007800;                 // 2^24 / ExactStep(0)
+    constexpr uint32_t kMinus[] = {0xb440b440, 0xb400b400};  // -(8 + 8 * 16), -8 * 16 over it
     CodeBytes(w, a);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = FmaF16x2(a[i], 0x78007800, i % 2 == 0 ? 0xb440b440 : 0xb400b400);
+    for (int i = 0; i < 4; ++i) a[i] = FmaF16x2(a[i], kFactor, kMinus[i % 2]);
   }
 
   // a = (code + kOffset) / Step(r), in fewer instructions, for x made LargeX; r = 0, 1 is the row
@@ -127,10 +128,11 @@ template <>
 struct Dequantizer<__nv_bfloat16> {
   __device__ static constexpr float ExactStep(int r) { return r == 0 ? 0x1p40f : 0x1p36f; }
   __device__ static __forceinline__ void ExactBytes(uint32_t w, uint32_t (&a)[4]) {
+    constexpr uint32_t kFactor = 0x6e006e00;  // 2^133 / ExactStep(0)
+    constexpr uint32_t kMinus[] = {0xaf08af08, 0xaf00af00};
     CodeBytes(w, a);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = FmaBf16x2(a[i], 0x6e006e00, i % 2 == 0 ? 0xaf08af08 : 0xaf00af00);
+    for (int i = 0; i < 4; ++i) a[i] = FmaBf16x2(a[i], kFactor, kMinus[i % 2]);
   }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900

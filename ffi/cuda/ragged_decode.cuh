@@ -386,9 +386,7 @@ __global__ void __launch_bounds__(kRaggedThreads, 1)
   const uint32_t partials = SharedAddress(shared) + params.table_bytes;
 #define W4A16_RUN(WIDTH) \
   RunTiles<T, WIDTH, kTileM, kBlocks, kStages, kZeros, kParts>(params, table, all.tiles, partials)
-  if constexpr (kNarrow == kTileN) {
-    W4A16_RUN(kWidest);
-  } else if (costs[0] <= min(costs[1], costs[2])) {
+  if (kNarrow == kTileN || costs[0] <= min(costs[1], costs[2])) {
     W4A16_RUN(kWidest);
   } else if (costs[1] <= costs[2]) {
     W4A16_RUN(kNarrow);
