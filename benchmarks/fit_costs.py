@@ -4,10 +4,11 @@
         [--write]
 
 A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc
-says what these are. Each configuration is fitted alone, over all rows of whatever type, by least squares of
-the relative error with costs of at least 0. --refine starts from the costs that are there instead, and moves
-them at random for as long as the choice gets better. Prints how far the choice by the new costs is from the
-best of each cell.
+says what these are. For ragged products, whose sweep is results/h200_moe.json, waves are the tiles that so
+many rows make on average, over the SMs. Each configuration is fitted alone, over all rows of whatever type,
+by least squares of the relative error with costs of at least 0. --refine starts from the costs that are there
+instead, and moves them at random for as long as the choice gets better. Prints how far the choice by the new
+costs is from the best of each cell.
 """
 
 import argparse
@@ -44,8 +45,11 @@ REFINED = "wgmma,persistent,cutlass"
 FILLS = (1, 1.15, 1.5, 2, 2.4)  # persistent kernels: 0, for their waves may be fractions
 
 
-def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
-    """What start, step and tile are multiplied by: the twin of PredictedUs in heuristics.cc."""
+def terms(config: dict, fill: float, n: int, k: int, m: int, experts: int = 0) -> np.ndarray:
+    """What start, step and tile are multiplied by: the twin of heuristics.cc."""
+    if experts:
+        tiles = expected_tiles(m, experts, config["tile_m"]) * ceil_div(n, config["tile_n"]) / SMS
+        return np.array([1, tiles * ceil_div(k, BLOCK_K), tiles])
     tiles_n = ceil_div(ceil_div(n, config["tile_n"]), config["cluster_n"]) * config["cluster_n"]
     tiles_m = ceil_div(ceil_div(m, config["tile_m"]), config["cluster_m"]) * config["cluster_m"]
     tiles = tiles_n * tiles_m
@@ -60,6 +64,19 @@ def terms(config: dict, fill: float, n: int, k: int, m: int) -> np.ndarray:
         if waves > config["resident"]:
             waves = ceil_div(waves, config["resident"]) * config["resident"]
     return np.array([1, max(waves, fill) * steps, waves])
+
+
+def expected_tiles(m: int, experts: int, tile_m: int) -> float:
+    """Tiles of tile_m rows that m rows of random experts make: the twin of ExpectedTiles in heuristics.cc."""
+    mean = m / experts
+    spread = math.sqrt(2 * mean)
+    certain = max(0, math.floor((mean - 4 * spread) / tile_m))
+    tiles = certain or 1 - math.exp(-mean)
+    rows = max(certain, 1) * tile_m
+    while rows < mean + 4 * spread:
+        tiles += 0.5 * math.erfc((rows + 0.5 - mean) / spread)
+        rows += tile_m
+    return tiles * experts
 
 
 def persistent_waves(config: dict, n: int, m: int) -> float:
@@ -105,20 +122,44 @@ class Costs:
     tile: float
     fill: float
 
-    def predict(self, config: dict, n: int, k: int, m: int) -> float:
+    def predict(self, config: dict, n: int, k: int, m: int, experts: int = 0) -> float:
         """Microseconds."""
-        return float(terms(config, self.fill, n, k, m) @ (self.start, self.step, self.tile))
+        return float(terms(config, self.fill, n, k, m, experts) @ (self.start, self.step, self.tile))
 
 
-def fit(config: dict, rows: list[tuple[int, int, int, float, float]]) -> Costs:
-    """The costs that fit rows of (n, k, m, us, best us) best; near the best they matter most."""
-    rows = sorted(rows, key=lambda row: row[3] / row[4])
-    near = [row for row in rows if row[3] <= NEAR * row[4]]
+def load(path: Path) -> list[dict]:
+    """A sweep's rows, those of ragged products named like the others."""
+    rows = json.loads(path.read_text())["rows"]
+    return [
+        row
+        if "us" in row and isinstance(row["us"], dict)
+        else {
+            "N": row["n"],
+            "K": row["k"],
+            "M": row["rows"],
+            "experts": row["experts"],
+            "us": row["sweep_us"],
+            "slow_us": {},
+            "best": min(row["sweep_us"], key=row["sweep_us"].get),
+        }
+        for row in rows
+    ]
+
+
+def cell(row: dict) -> tuple[int, int, int, int]:
+    """N, K, M and experts, 0 for none, of a sweep's row."""
+    return row["N"], row["K"], row["M"], row.get("experts", 0)
+
+
+def fit(config: dict, rows: list[tuple[tuple[int, int, int, int], float, float]]) -> Costs:
+    """The costs that fit rows of (cell, us, best us) best; near the best they matter most."""
+    rows = sorted(rows, key=lambda row: row[1] / row[2])
+    near = [row for row in rows if row[1] <= NEAR * row[2]]
     rows = near if len(near) >= FEW else rows[:NEAREST]
     weights = np.array([(best / us) ** POWER for *_, us, best in rows])
     fits = []
-    for fill in (0,) if config["family"] == "persistent" else FILLS:
-        a = np.array([terms(config, fill, n, k, m) / us for n, k, m, us, _ in rows])
+    for fill in (1,) if config["ragged"] else (0,) if config["family"] == "persistent" else FILLS:
+        a = np.array([terms(config, fill, *at) / us for at, us, _ in rows])
         costs, error = fit_linear(a, weights)
         start, step, tile = map(float, costs)
         fits.append((error, Costs(start, step, tile, fill)))
@@ -128,7 +169,7 @@ def fit(config: dict, rows: list[tuple[int, int, int, float, float]]) -> Costs:
 def choose(costs: dict[str, Costs], configs: dict[str, dict], row: dict) -> str:
     """The configuration with the least predicted time among those that were timed."""
     timed = [name for name in (*row["us"], *row["slow_us"]) if name in costs]
-    return min(timed, key=lambda name: costs[name].predict(configs[name], row["N"], row["K"], row["M"]))
+    return min(timed, key=lambda name: costs[name].predict(configs[name], *cell(row)))
 
 
 def read(configs: dict[str, dict], path: Path = CONFIGS) -> dict[str, Costs]:
@@ -154,7 +195,7 @@ class Choices:
 
     def predict(self, name: str, costs: Costs) -> np.ndarray:
         """Microseconds for each row; infinite where it was not timed."""
-        us = [costs.predict(self.configs[name], row["N"], row["K"], row["M"]) for row in self.rows]
+        us = [costs.predict(self.configs[name], *cell(row)) for row in self.rows]
         return np.where(np.isfinite(self.us[:, self.names.index(name)]), us, np.inf)
 
     def badness(self) -> float:
@@ -224,7 +265,7 @@ def fit_all(configs: dict[str, dict], sweep: list[dict]) -> dict[str, Costs]:
     costs = {}
     for name, config in configs.items():
         rows = [
-            (row["N"], row["K"], row["M"], us, row["us"][row["best"]])
+            (cell(row), us, row["us"][row["best"]])
             for row in sweep
             if (us := row["us"].get(name) or row["slow_us"].get(name))
         ]
@@ -232,7 +273,7 @@ def fit_all(configs: dict[str, dict], sweep: list[dict]) -> dict[str, Costs]:
             print(f"{name}: {len(rows)} measurements, left as it is")
             continue
         c = costs[name] = fit(config, rows)
-        errors = [abs(c.predict(config, n, k, m) / us - 1) for n, k, m, us, _ in rows]
+        errors = [abs(c.predict(config, *at) / us - 1) for at, us, _ in rows]
         print(
             f"{name:48s} start {c.start:6.2f} us  step {c.step * 1e3:6.1f} ns  tile {c.tile:5.2f} us  "
             f"fill {c.fill:4.1f}  error {np.mean(errors):5.1%} over {len(rows)}"
@@ -252,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     from jax_w4a16._ffi import native
 
     configs = {config["name"]: config for config in native.configs()}
-    sweep = [row for path in options.sweep for row in json.loads(path.read_text())["rows"]]
+    sweep = [row for path in options.sweep for row in load(path)]
     if options.refine is None:
         costs = fit_all(configs, sweep)
     else:

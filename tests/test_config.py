@@ -133,6 +133,25 @@ def test_fitted_costs_choose_as_the_library_does():
     assert len(names) >= 10
 
 
+def test_fitted_costs_choose_as_the_library_does_for_experts():
+    configs = {config["name"]: config for config in _w4a16.configs() if config["ragged"]}
+    costs = fit_costs.read({config["name"]: config for config in _w4a16.configs()})
+    names = set()
+    for n, k, m, experts in itertools.product(
+        (768, 4096, 28672), (768, 4096, 14336), (3, 16, 64, 200, 1000, 9000), (1, 8, 60, 200)
+    ):
+        args = problem(m, n, k, x_dtype="bfloat16", out_dtype="bfloat16")
+        us = {
+            name: costs[name].predict(config, n, k, m, experts)
+            for name, config in configs.items()
+            if _w4a16.ragged_can_implement(name, experts=experts, **args, **HOPPER) is None
+        }
+        chosen = _w4a16.ragged_select(experts=experts, **args, **HOPPER)
+        assert us[chosen] == pytest.approx(min(us.values()), rel=1e-5), (n, k, m, experts)
+        names.add(chosen)
+    assert len(names) >= 8
+
+
 def test_costs_are_written_as_they_are_read(tmp_path):
     configs = {config["name"]: config for config in _w4a16.configs()}
     costs, file = fit_costs.read(configs), tmp_path / "configs.inc"
