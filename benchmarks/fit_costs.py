@@ -132,7 +132,7 @@ def load(path: Path) -> list[dict]:
     rows = json.loads(path.read_text())["rows"]
     return [
         row
-        if "us" in row and isinstance(row["us"], dict)
+        if "sweep_us" not in row
         else {
             "N": row["n"],
             "K": row["k"],
