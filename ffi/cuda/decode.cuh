@@ -485,7 +485,6 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     }
   }
 
-  using D = Dequantizer<T>;
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
   const uint32_t partial = ring_address + 4 * (lane / 4);
 #pragma unroll
@@ -495,7 +494,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         StoreShared(partial + 4 * ((8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8),
-                    acc[r][j][i] * (kAffine ? D::Step(i / 2) : D::ExactStep(i / 2)));
+                    acc[r][j][i] * (kAffine ? Dequantizer<T>::Step(i / 2) : ExactStep<T>(i / 2)));
     }
   }
   if constexpr (kEpilogue == W4A16_SWIGLU) FindFactors(p, factors, m0, rows);

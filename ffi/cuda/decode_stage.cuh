@@ -164,7 +164,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
           if constexpr (kAffine) {
             D::Affine(words[r][s], a);
           } else {
-            D::ExactBytes(words[r][s], a);
+            ExactBytes<T>(words[r][s], a);
           }
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)

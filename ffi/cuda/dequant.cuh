@@ -35,21 +35,21 @@ __device__ __forceinline__ uint32_t AddF16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
-__device__ __forceinline__ uint32_t FmaF16x2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
 __device__ __forceinline__ uint32_t MulBf16x2(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
-__device__ __forceinline__ uint32_t FmaBf16x2(uint32_t a, uint32_t b, uint32_t c) {
+// a * b + c of pairs of T.
+template <typename T>
+__device__ __forceinline__ uint32_t FmaX2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
   return d;
 }
 
@@ -91,16 +91,6 @@ struct Dequantizer<__half> {
     a[3] = AddF16x2(AndOr(v, 0x00f000f0, 0x54005400), kHigh);
   }
 
-  // a = (code - 8) / ExactStep(r), as CodeBytes makes them; r = 0, 1 is the row half.
-  __device__ static constexpr float ExactStep(int r) { return r == 0 ? 0x1p9f : 0x1p5f; }
-  __device__ static __forceinline__ void ExactBytes(uint32_t w, uint32_t (&a)[4]) {
-    constexpr uint32_t kFactor = 0x78007800;                 // 2^24 / ExactStep(0)
-    constexpr uint32_t kMinus[] = {0xb440b440, 0xb400b400};  // -(8 + 8 * 16), -8 * 16 over it
-    CodeBytes(w, a);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = FmaF16x2(a[i], kFactor, kMinus[i % 2]);
-  }
-
   // a = (code + kOffset) / Step(r), in fewer instructions, for x made LargeX; r = 0, 1 is the row
   // half. kAddsHalves: they are as CodeBytes makes them.
   static constexpr float kOffset = 0.0f;
@@ -116,6 +106,8 @@ struct Dequantizer<__half> {
   static constexpr float kUnit = 0x1p9f;
   static constexpr uint16_t kMinusUnit = 0x9800;        // -1 / kUnit
   static constexpr uint16_t kMinusEightUnits = 0xa400;  // -8 / kUnit
+  // -(8 + 8 * 16) and -8 * 16 over kUnit.
+  __device__ static constexpr uint16_t MinusBytes(int r) { return r == 0 ? 0xb440 : 0xb400; }
   // A scale times this takes a difference to 1/4 of the weight: finite for scales below 512, and
   // rounded no further than the weight would be from 2^-12 on; to multiples of 2^-22 below.
   static constexpr float kScaleUnit = 0x1p7f;
@@ -126,15 +118,6 @@ struct Dequantizer<__half> {
 
 template <>
 struct Dequantizer<__nv_bfloat16> {
-  __device__ static constexpr float ExactStep(int r) { return r == 0 ? 0x1p40f : 0x1p36f; }
-  __device__ static __forceinline__ void ExactBytes(uint32_t w, uint32_t (&a)[4]) {
-    constexpr uint32_t kFactor = 0x6e006e00;  // 2^133 / ExactStep(0)
-    constexpr uint32_t kMinus[] = {0xaf08af08, 0xaf00af00};
-    CodeBytes(w, a);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = FmaBf16x2(a[i], kFactor, kMinus[i % 2]);
-  }
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   // x * 2^64, so that sums are normal: finite for x below 2^63, and what is lost is below 2^-80.
   static constexpr float kOffset = 0.0f;
@@ -161,10 +144,26 @@ struct Dequantizer<__nv_bfloat16> {
   static constexpr float kUnit = 0x1p40f;
   static constexpr uint16_t kMinusUnit = 0xab80;
   static constexpr uint16_t kMinusEightUnits = 0xad00;
+  __device__ static constexpr uint16_t MinusBytes(int r) { return r == 0 ? 0xaf08 : 0xaf00; }
   static constexpr float kScaleUnit = 1.0f;
   static constexpr uint16_t kScaleUnits = 0x3f80;
   __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x6e00 : 0x6c00; }
 };
+
+// a = (code - 8) / ExactStep(r), as CodeBytes makes them; r = 0, 1 is the row half.
+template <typename T>
+__device__ constexpr float ExactStep(int r) {
+  return r == 0 ? Dequantizer<T>::kUnit : Dequantizer<T>::kUnit / 16;
+}
+template <typename T>
+__device__ __forceinline__ void ExactBytes(uint32_t w, uint32_t (&a)[4]) {
+  using D = Dequantizer<T>;
+  constexpr uint32_t kTwice = 0x10001;
+  CodeBytes(w, a);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    a[i] = FmaX2<T>(a[i], D::BitsToUnits(0) * kTwice, D::MinusBytes(i % 2) * kTwice);
+}
 
 template <typename T>
 struct Pair;

@@ -287,7 +287,6 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
     stage = stage + p.stage_bytes == ring_end ? ring : stage + p.stage_bytes;
   }
 
-  using D = Dequantizer<T>;
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTokens, kZeros);
   constexpr int kStride = PartialStride(kTileN);
   const uint32_t partial = partials + warp * params.partial_bytes + 4 * (lane / 4);
@@ -299,7 +298,7 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         StoreShared(partial + 4 * ((8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8),
-                    acc[r][j][i] * (kAffine ? D::Step(i / 2) : D::ExactStep(i / 2)));
+                    acc[r][j][i] * (kAffine ? Dequantizer<T>::Step(i / 2) : ExactStep<T>(i / 2)));
     }
   }
   __syncthreads();
