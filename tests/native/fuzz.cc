@@ -182,7 +182,9 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
       p.n % 16 == 0 && p.k % 8 == 0 && (p.group_size >= p.k || p.group_size % 64 == 0) &&
       device.compute_capability >= 80 && draw.Chance(50)) {
     p.epilogue = draw.OneOf({W4A16_ADD_NORM, W4A16_SWIGLU});
-    if (p.epilogue == W4A16_SWIGLU && draw.Chance(80)) c.num_squares = 4 * draw.Between(1, 75);
+    // Of no numbers there is no mean.
+    if (p.epilogue == W4A16_SWIGLU && p.k > 0 && draw.Chance(80))
+      c.num_squares = 4 * draw.Between(1, 75);
   }
   c.config = options.cuda ? "auto" : "cpu";
   if (options.cuda && (draw.Chance(85) || !options.family.empty())) {
