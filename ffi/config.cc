@@ -197,7 +197,7 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
   if (p.epilogue != W4A16_NO_EPILOGUE) {
     if (config.family != Family::kDecode || cc < 80)
       return Refuse(config, "epilogues are compiled into decode alone, for 8.0 and later");
-    if (StageParts(p, config.blocks) > config.blocks)
+    if (StageParts(p, config) > config.blocks)
       return Refuse(config,
                     "epilogues are compiled for K of whole 8 and groups of whole 64 codes alone");
   }

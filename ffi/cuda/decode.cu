@@ -39,11 +39,12 @@ DecodeParams DecodeParamsOf(const Problem& p, const Operands& o, const Config& c
       .group_multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + group_size - 1) /
                                                 static_cast<uint64_t>(group_size)),
       .group_shift = shift - 1,
+      .scale_step_bytes = int64_t{config.warps} * config.blocks * kBlockK / group_size * p.n * 2,
       .x_rows = static_cast<int>(std::min<int64_t>(p.m, config.tile_m)),
       .head_bytes = HeadBytes(p, config),
       .stage_bytes = shared.stage_bytes,
       .warp_bytes = shared.warp_bytes,
-      .x_tensor = tensor_copies && p.k % 8 == 0 && p.k > 0 && p.m > kFewRows,
+      .x_tensor = tensor_copies && p.k % 8 == 0 && p.k > 0 && (p.m > kFewRows || config.tile_m > 8),
       .x_aligned = p.k % 8 == 0,
       .n_aligned = p.n % 8 == 0,
       .out_float32 = p.out_dtype == W4A16_F32,
@@ -99,7 +100,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cons
                  cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return {};
   const bool f16 = p.x_dtype == W4A16_F16;
-  const int parts = StageParts(p, config.blocks);
+  const int parts = StageParts(p, config);
   const void* function;
   if (p.epilogue == W4A16_NO_EPILOGUE) {
     const auto find = f16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
@@ -126,7 +127,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cons
 Status RunRaggedDecode(const Problem& p, const Experts& e, const Operands& o, const Config& config,
                        int num_sms, cudaStream_t stream) {
   const auto find = p.x_dtype == W4A16_F16 ? FindRaggedDecodeF16 : FindRaggedDecodeBf16;
-  const auto kernel = find(config, p.has_zeros, StageParts(p, config.blocks));
+  const auto kernel = find(config, p.has_zeros, StageParts(p, config));
   const RaggedDecodeSharedMemory shared = SharedMemoryOfRaggedDecode(p, e.count, config);
   RaggedDecodeParams params = {.decode = DecodeParamsOf(p, o, config, false),
                                .experts = ExpertParamsOf(p, e, config.tile_n),

@@ -146,7 +146,9 @@ class StageLoader {
   }
 
   // Whether x comes by tensor copies, which count at the barriers of stages.
-  __device__ __forceinline__ bool TensorX() const { return kTensorCopies && p_.x_tensor; }
+  __device__ __forceinline__ bool TensorX() const {
+    return kTensorCopies && ((kTileM > 8 && !kGeneral) || p_.x_tensor);
+  }
 
   // Makes the barriers of `stages`, before the first copy of x.
   __device__ __forceinline__ void InitBarriers(uint32_t ring, int stages) const {
@@ -220,7 +222,12 @@ class StageLoader {
       weights_ += step_ / kBlockK * block_row_bytes_;
     }
     x_ += step_;
-    FindScales();
+    if constexpr (kHold && kParts == 1) {
+      scales_ =
+          reinterpret_cast<const T*>(reinterpret_cast<const char*>(scales_) + p_.scale_step_bytes);
+    } else {
+      FindScales();
+    }
   }
 
  private:
@@ -364,10 +371,10 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   extern __shared__ __align__(1024) char shared[];
 
-#if __CUDA_ARCH__ >= 900
-  if (p.x_tensor && threadIdx.x == 0) ptx::PrefetchTensorMap(&x_map);
-#endif
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  int lane = threadIdx.x % 32;
+  Hold<kHold>(lane);  // else the compiler reads it in every unit, which takes long
   const int log2_split = p.log2_split_k, split = 1 << log2_split;
   const int rank = blockIdx.x & (split - 1);
   int tile_n = blockIdx.x >> log2_split, tile_m = 0;
@@ -382,7 +389,6 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   const int first = (p.units * rank >> log2_split) + warp;
   int end = p.units * (rank + 1) >> log2_split;
   int step = warps;
-  constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
   Hold<kHold>(end), Hold<kHold>(step);
 
   const uint32_t factors = SharedAddress(shared), partials = factors + p.head_bytes;
@@ -394,6 +400,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   // A warp runs this once, and its instructions come from memory as well: the order of the copies
   // and the room that they take in the code count.
   if (first < end) loader.LoadWeights(ring_address, loader.IsWhole());
+#if __CUDA_ARCH__ >= 900
+  if (p.x_tensor && threadIdx.x == 0) ptx::PrefetchTensorMap(&x_map);
+#endif
   loader.Prepare();
   if (loader.TensorX()) loader.InitBarriers(ring_address, kStages);
   if (first < end) {
@@ -432,8 +441,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   }
 #endif
   // Without a cluster a thread finishes every blockDim-th item of the tile. Where registers are
-  // left it finds the first, and what leads from one of two stages to the other, before it waits
-  // for copies.
+  // left it finds the first before it waits for copies.
   constexpr int kStride = PartialStride(kTileN), kLog2Items = CeilLog2(ItemsOf<kEpilogue>(kQuads));
   constexpr bool kHoldMore = kHold && kTileN * kTileM <= 64 * 16;
   auto find_quad = [&](int idx) {
@@ -446,20 +454,20 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
                 .out = OutOf<kEpilogue>(p, m0 + token, n)};
   };
   Quad quad = {};
-  uint32_t both_stages = 2 * ring_address + p.stage_bytes;
   if constexpr (kHoldMore) {
     quad = find_quad(threadIdx.x);
     Hold<true>(quad.exists), Hold<true>(quad.n), Hold<true>(quad.terms), Hold<true>(quad.out);
-    Hold<true>(both_stages);
   }
 
-  constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks>;
+  constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks, kParts>;
   uint32_t turn = 0;  // units so far
   StageOffsets offsets = kFindOffsets(lane);
   Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales), Hold<kHold>(offsets.x);
+  Hold<kHold>(offsets.sum_lane);
 
   float acc[kTileBlocks][kTokenBlocks][4] = {};
-  uint32_t stage = ring_address;
+  uint32_t stage = ring_address, both_stages = 2 * ring_address + p.stage_bytes;
+  Hold<kHold>(both_stages);
 #pragma unroll 1
   for (int unit = first; unit < end; unit += step) {
     CopyAsyncWait<kStages - 1>();
@@ -478,7 +486,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     if constexpr (!kHold) loader.Advance();
     if (unit + kStages * step < end) loader.Load(stage);
     CopyAsyncCommit();
-    if constexpr (kHoldMore && kStages == 2) {
+    if constexpr (kHold && kStages == 2) {
       stage = both_stages - stage;
     } else {
       stage = stage + p.stage_bytes == ring_end ? ring_address : stage + p.stage_bytes;

@@ -20,6 +20,7 @@ struct DecodeParams {
   int log2_split_k;
   uint32_t group_multiplier;  // k / group_size == (k * group_multiplier) >> (32 + group_shift)
   int group_shift;
+  int64_t scale_step_bytes;  // from a warp's unit to its next, if a unit is one part
   // Shared memory:
   int x_rows;  // rows of x that are copied: min(M, tile_m)
   int head_bytes;
@@ -53,12 +54,15 @@ W4A16_HD constexpr int XBytes(int tile_m, int blocks) { return blocks * tile_m *
 
 // Equal parts of a stage, each in one group: as few as the group size allows. Where rows of x,
 // scales or zeros are not aligned to 16 bytes it is the most, so that only those kernels need the
-// slower copies.
-constexpr int StageParts(const Problem& p, int blocks) {
-  const int most = 2 * blocks;
+// slower copies. It is one only if a warp's units are equally many groups apart, so that only
+// kernels of more have to find the group of every unit.
+constexpr int StageParts(const Problem& p, const Config& c) {
+  const int unit = kBlockK * c.blocks, most = 2 * c.blocks;
   if (p.k % 8 != 0 || p.n % 8 != 0) return most;
-  int parts = 1;
-  while (p.group_size < p.k && p.group_size % (kBlockK * blocks / parts) != 0) parts *= 2;
+  if (p.group_size >= p.k) return 1;
+  if (p.group_size % unit == 0 && unit * c.warps % p.group_size == 0) return 1;
+  int parts = 2;
+  while (p.group_size % (unit / parts) != 0) parts *= 2;
   return parts;
 }
 
@@ -101,7 +105,7 @@ constexpr int HeadBytes(const Problem& p, const Config& c) {
 
 // What a stage holds, but for its barrier.
 constexpr int StageOperandBytes(const Problem& p, const Config& c) {
-  const int scale_rows = StageParts(p, c.blocks) * (p.has_zeros ? 2 : 1);
+  const int scale_rows = StageParts(p, c) * (p.has_zeros ? 2 : 1);
   return c.blocks * c.tile_n / kBlockN * kBlockBytes + XBytes(c.tile_m, c.blocks) +
          scale_rows * c.tile_n * 2;
 }

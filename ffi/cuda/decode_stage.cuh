@@ -17,7 +17,7 @@ inline constexpr bool kTuring = false;
 #endif
 
 // Whether x comes by tensor copies.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 inline constexpr bool kTensorCopies = true;
 #else
 inline constexpr bool kTensorCopies = false;
@@ -30,10 +30,10 @@ __device__ __forceinline__ uint32_t StageBarrier(const DecodeParams& p, uint32_t
 
 __host__ __device__ constexpr int CeilLog2(int v) { return v > 1 ? 1 + CeilLog2((v + 1) / 2) : 0; }
 
-template <typename T>
-__device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
-  const uint16_t bits = LoadShared16(address);
-  return ToFloat(*reinterpret_cast<const T*>(&bits));
+// Whether scales and zeros of a warp's rows are read by ldmatrix: one instruction instead of four,
+// but kernels of many outputs and parts have too few registers for it.
+__host__ __device__ constexpr bool FactorsByMatrix(int tile_n, int tile_m, int parts) {
+  return parts == 1 || tile_n * tile_m <= 64 * 16;
 }
 
 // Where a warp has rows enough to share it, sum(x) costs less than subtracting 8 from every code.
@@ -46,36 +46,41 @@ __device__ __forceinline__ uint32_t XChunk(uint32_t row, uint32_t chunk) {
   return row * (kBlockK * 2) + (chunk ^ row % 8) * 16;
 }
 
-// Where a lane finds its operands in a stage.
+// Where a lane finds its operands in a stage; and the first of the lanes (one of 4 from it on) that
+// have the sums of its tokens.
 struct StageOffsets {
-  uint32_t words, scales, x;
+  uint32_t words, scales, x, sum_lane;
 };
 
 // What stands for a token that does not exist matters to no other.
-template <int kTileN, int kXRows, int kBlocks>
+template <int kTileN, int kXRows, int kBlocks, int kParts>
 __device__ __forceinline__ StageOffsets FindOffsets(uint32_t lane) {
   constexpr int kWeightBytes = kBlocks * (kTileN / kBlockN) * kBlockBytes;
   return {
       .words = 16 * lane,
-      .scales = kWeightBytes + XBytes(kXRows, kBlocks) + lane / 4 * 2,
+      .scales = kWeightBytes + XBytes(kXRows, kBlocks) +
+                (FactorsByMatrix(kTileN, kXRows, kParts) ? lane / 8 * 16 : lane / 4 * 2),
       .x = kWeightBytes + XChunk(lane % 8, lane / 8),
+      .sum_lane = lane % 4 * 8,
   };
 }
 
-// sum(x) of 8 tokens over Dequantizer's step, as accumulators hold it: of token lane % 4 * 2 + i %
-// 2 at the step of row half i / 2. x is operand B of kSteps mma steps. As operand A, that of two
+// sum(x) of 8 tokens over Dequantizer's step of row half 0, as accumulators hold them: of token
+// lane % 4 * 2 + i. x is operand B of kSteps mma steps. As operand A, that of two
 // steps has a token in every row and half of K in rows 0 .. 7 and 8 .. 15, so that one mma sums
 // both; but two steps alone, of no other tokens, are summed sooner as operand B.
 template <typename T, int kSteps, int kTokenBlocks>
-__device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], float (&sum)[4]) {
+__device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], uint32_t sum_lane,
+                                          float (&sum)[2]) {
   using D = Dequantizer<T>;
   static_assert(kSteps % 2 == 0);
   if constexpr (kSteps == 2 && kTokenBlocks == 1) {
-    constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(1), D::InverseStep(0),
-                                   D::InverseStep(1)};
-    const float none[4] = {};
-    Mma<T>(sum, kOnes, x[0][0], x[0][1], none);
-    Mma<T>(sum, kOnes, x[1][0], x[1][1], sum);
+    constexpr uint32_t kOnes[4] = {D::InverseStep(0), D::InverseStep(0), D::InverseStep(0),
+                                   D::InverseStep(0)};
+    float tokens[4] = {};
+    Mma<T>(tokens, kOnes, x[0][0], x[0][1], tokens);
+    Mma<T>(tokens, kOnes, x[1][0], x[1][1], tokens);
+    sum[0] = tokens[0], sum[1] = tokens[1];
     return;
   }
   float rows[4] = {};
@@ -86,9 +91,26 @@ __device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], float 
   }
   const float token = rows[0] + rows[2];  // lane / 4
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    sum[i] = __shfl_sync(0xffffffff, token, threadIdx.x % 4 * 8 + 4 * i);
-    sum[2 + i] = sum[i] * (D::Step(0) / D::Step(1));
+  for (int i = 0; i < 2; ++i) sum[i] = __shfl_sync(0xffffffff, token, sum_lane + 4 * i);
+}
+
+// Scales, or zeros, of one or two row blocks: [row block][row half]. By ldmatrix a row block is two
+// matrices, of which every row is the same 8 values.
+template <typename T, bool kByMatrix>
+__device__ __forceinline__ void LoadFactors(uint32_t address, int row_blocks,
+                                            float (&factors)[2][2]) {
+  uint32_t bits[4];
+  if constexpr (kByMatrix) {
+    if (row_blocks == 2) {
+      LoadMatrix4Transposed(address, bits);
+    } else {
+      LoadMatrix2Transposed(address, bits);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * row_blocks; ++i) {
+    const uint16_t value = kByMatrix ? bits[i] & 0xffff : LoadShared16(address + 16 * i);
+    factors[i / 2][i % 2] = ToFloat(reinterpret_cast<const T&>(value));
   }
 }
 
@@ -102,9 +124,11 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
   constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
-  // independent chains run abreast: kRows row blocks, kChains each.
-  constexpr int kRows = 2;
-  constexpr int kChains = kTileM == 8 && kSteps > 1 ? 2 : 1;
+  // independent chains run abreast: kRows row blocks, kChains each; one row block first, if they
+  // are odd.
+  constexpr int kRows = 2, kOdd = kTileBlocks % kRows;
+  constexpr int kChains = kTileM == 8 && kSteps > 2 ? 2 : 1;
+  constexpr bool kByMatrix = FactorsByMatrix(kTileN, kXRows, kParts);
   const uint32_t words_address = stage + offsets.words, scale_address = stage + offsets.scales;
   // Of the first and the second half of a block: the swizzle takes chunk c + 4 to c ^ 4.
   const uint32_t x_addresses[2] = {stage + offsets.x, (stage + offsets.x) ^ 64};
@@ -128,24 +152,31 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
-    float sum[kTokenBlocks][4], minus[kTokenBlocks][4];  // minus: added to sums as they are
+    // At the step of either row half; minus: 8 times that, added to sums as they are.
+    float sum[kTokenBlocks][4], minus[kTokenBlocks][4];
     if constexpr (kAffine) {
+      constexpr float kRatio = D::Step(0) / D::Step(1), kEight = kSymmetricZero + D::kOffset;
 #pragma unroll
       for (int j = 0; j < kTokenBlocks; ++j) {
-        SumTokens<T, kSteps, kTokenBlocks>(x[j], sum[j]);
+        float tokens[2];
+        SumTokens<T, kSteps, kTokenBlocks>(x[j], offsets.sum_lane, tokens);
 #pragma unroll
-        for (int i = 3; i >= 0; --i) {
-          minus[j][i] = -(kSymmetricZero + D::kOffset) * sum[j][i];
-          if (D::kAddsHalves && i < 2) minus[j][i] += minus[j][i + 2];
+        for (int i = 0; i < 2; ++i) {
+          sum[j][i] = tokens[i];
+          sum[j][i + 2] = kRatio * tokens[i];
+          minus[j][i] = -kEight * (D::kAddsHalves ? 1 + kRatio : 1) * tokens[i];
+          minus[j][i + 2] = -kEight * kRatio * tokens[i];
         }
       }
     }
 #pragma unroll
-    for (int r0 = 0; r0 < kTileBlocks; r0 += kRows) {
+    for (int pass = 0; pass < (kTileBlocks + kOdd) / kRows; ++pass) {
+      const int r0 = pass == 0 ? 0 : kRows * pass - kOdd;
+      const int row_blocks = pass == 0 && kOdd == 1 ? 1 : kRows;
       constexpr int kWords = kSteps < 4 ? kSteps : 4;  // read at a time
       uint32_t words[kRows][kSteps];
 #pragma unroll
-      for (int r = 0; r < kRows && r0 + r < kTileBlocks; ++r) {
+      for (int r = 0; r < row_blocks; ++r) {
 #pragma unroll
         for (int s = 0; s < kSteps; s += kWords) {
           const int b = (part * kSteps + s) / 4, first = (part * kSteps + s) % 4;
@@ -154,12 +185,13 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         }
       }
       float partial[kRows][kChains][kTokenBlocks][4] = {};
-      // Without zero points every row subtracts the same: all but the first begin with it.
-      const bool begun = kAffine && !kZeros && r0 > 0;
+      // Without zero points every row subtracts the same: all but the first begin with it, which
+      // need not wait for it.
+      const bool begun = kAffine && !kZeros && pass > 0;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-        for (int r = 0; r < kRows && r0 + r < kTileBlocks; ++r) {
+        for (int r = 0; r < row_blocks; ++r) {
           uint32_t a[4];
           if constexpr (kAffine) {
             D::Affine(words[r][s], a);
@@ -172,16 +204,13 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
                    begun && s == 0 ? minus[j] : partial[r][s % kChains][j]);
         }
       }
+      const uint32_t factors = scale_address + 2 * (part * kTileN + 16 * r0);
+      float scale[kRows][2], zero[kRows][2];
+      LoadFactors<T, kByMatrix>(factors, row_blocks, scale);
+      if constexpr (kZeros)
+        LoadFactors<T, kByMatrix>(factors + 2 * kParts * kTileN, row_blocks, zero);
 #pragma unroll
-      for (int r = 0; r < kRows && r0 + r < kTileBlocks; ++r) {
-        float scale[2], zero[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t row = scale_address + 2 * (part * kTileN + 16 * (r0 + r) + 8 * half);
-          scale[half] = LoadSharedFloat<T>(row);
-          if constexpr (kZeros)
-            zero[half] = LoadSharedFloat<T>(row + 2 * kParts * kTileN) + D::kOffset;
-        }
+      for (int r = 0; r < row_blocks; ++r) {
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
           float v[4];
@@ -194,8 +223,9 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if constexpr (kAffine && kZeros) v[i] = fmaf(-zero[i / 2], sum[j][i], v[i]);
-            acc[r0 + r][j][i] = fmaf(scale[i / 2], v[i], acc[r0 + r][j][i]);
+            if constexpr (kAffine && kZeros)
+              v[i] = fmaf(-(zero[r][i / 2] + D::kOffset), sum[j][i], v[i]);
+            acc[r0 + r][j][i] = fmaf(scale[r][i / 2], v[i], acc[r0 + r][j][i]);
           }
         }
       }

@@ -171,6 +171,22 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t address, uint32_t (&d)[4]) 
                : "memory");
 }
 
+// The same, transposed: lane l gets values l / 4 of rows l % 4 * 2 and l % 4 * 2 + 1 of each.
+__device__ __forceinline__ void LoadMatrix4Transposed(uint32_t address, uint32_t (&d)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The first two of them.
+__device__ __forceinline__ void LoadMatrix2Transposed(uint32_t address, uint32_t (&d)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(address)
+               : "memory");
+}
+
 // d = a b + c: a 16x16, b 16x8, c and d 16x8 in float32.
 template <typename T>
 __device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
