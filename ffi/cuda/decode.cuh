@@ -374,7 +374,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   constexpr bool kHold = HoldsAddresses(kTileN, kTileM, kZeros, kParts);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int lane = threadIdx.x % 32;
-  Hold<kHold>(lane);  // else the compiler reads it in every unit, which takes long
+  // Else the compiler reads it in every unit, which takes long.
+  constexpr bool kHoldLane = kHold && kParts == 1;
+  Hold<kHoldLane>(lane);
   const int log2_split = p.log2_split_k, split = 1 << log2_split;
   const int rank = blockIdx.x & (split - 1);
   int tile_n = blockIdx.x >> log2_split, tile_m = 0;
@@ -459,11 +461,11 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     Hold<true>(quad.exists), Hold<true>(quad.n), Hold<true>(quad.terms), Hold<true>(quad.out);
   }
 
-  constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks, kParts>;
+  constexpr auto kFindOffsets = FindOffsets<kTileN, kTileM, kBlocks, kZeros, kParts>;
   uint32_t turn = 0;  // units so far
   StageOffsets offsets = kFindOffsets(lane);
   Hold<kHold>(offsets.words), Hold<kHold>(offsets.scales), Hold<kHold>(offsets.x);
-  Hold<kHold>(offsets.sum_lane);
+  Hold<kHoldLane>(offsets.sum_lane);
 
   float acc[kTileBlocks][kTokenBlocks][4] = {};
   uint32_t stage = ring_address, both_stages = 2 * ring_address + p.stage_bytes;

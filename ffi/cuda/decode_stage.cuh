@@ -30,10 +30,10 @@ __device__ __forceinline__ uint32_t StageBarrier(const DecodeParams& p, uint32_t
 
 __host__ __device__ constexpr int CeilLog2(int v) { return v > 1 ? 1 + CeilLog2((v + 1) / 2) : 0; }
 
-// Whether scales and zeros of a warp's rows are read by ldmatrix: one instruction instead of four,
-// but kernels of many outputs and parts have too few registers for it.
-__host__ __device__ constexpr bool FactorsByMatrix(int tile_n, int tile_m, int parts) {
-  return parts == 1 || tile_n * tile_m <= 64 * 16;
+// Whether scales and zeros of a warp's rows are read by ldmatrix: one instruction instead of four.
+// Kernels of many parts, which hold more of them at a time, often have too few registers for it.
+__device__ constexpr bool FactorsByMatrix(int tile_n, int tile_m, bool zeros, int parts) {
+  return parts == 1 || (kTensorCopies && !zeros && tile_n <= 112 && tile_n * tile_m <= 64 * 16);
 }
 
 // Where a warp has rows enough to share it, sum(x) costs less than subtracting 8 from every code.
@@ -53,13 +53,13 @@ struct StageOffsets {
 };
 
 // What stands for a token that does not exist matters to no other.
-template <int kTileN, int kXRows, int kBlocks, int kParts>
+template <int kTileN, int kXRows, int kBlocks, bool kZeros, int kParts>
 __device__ __forceinline__ StageOffsets FindOffsets(uint32_t lane) {
   constexpr int kWeightBytes = kBlocks * (kTileN / kBlockN) * kBlockBytes;
   return {
       .words = 16 * lane,
       .scales = kWeightBytes + XBytes(kXRows, kBlocks) +
-                (FactorsByMatrix(kTileN, kXRows, kParts) ? lane / 8 * 16 : lane / 4 * 2),
+                (FactorsByMatrix(kTileN, kXRows, kZeros, kParts) ? lane / 8 * 16 : lane / 4 * 2),
       .x = kWeightBytes + XChunk(lane % 8, lane / 8),
       .sum_lane = lane % 4 * 8,
   };
@@ -128,7 +128,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
   // are odd.
   constexpr int kRows = 2, kOdd = kTileBlocks % kRows;
   constexpr int kChains = kTileM == 8 && kSteps > 2 ? 2 : 1;
-  constexpr bool kByMatrix = FactorsByMatrix(kTileN, kXRows, kParts);
+  constexpr bool kByMatrix = FactorsByMatrix(kTileN, kXRows, kZeros, kParts);
   const uint32_t words_address = stage + offsets.words, scale_address = stage + offsets.scales;
   // Of the first and the second half of a block: the swizzle takes chunk c + 4 to c ^ 4.
   const uint32_t x_addresses[2] = {stage + offsets.x, (stage + offsets.x) ^ 64};

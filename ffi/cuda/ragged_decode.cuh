@@ -274,7 +274,7 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
   const DecodeParams& p = params.decode;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int rows = min(kTokens, at.end - at.m0);
-  const StageOffsets offsets = FindOffsets<kTileN, kTileM, kBlocks, kParts>(lane);
+  const StageOffsets offsets = FindOffsets<kTileN, kTileM, kBlocks, kZeros, kParts>(lane);
   float acc[kTileBlocks][kTokenBlocks][4] = {};
   const uint32_t ring_end = ring + kStages * p.stage_bytes;
 #pragma unroll 1
