@@ -103,7 +103,8 @@ __device__ __forceinline__ void Hold(V& v) {
 // Whether registers are left for that.
 __host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, bool zeros, int parts) {
   const int outputs = tile_n * tile_m;
-  return parts == 1 ? !zeros || outputs <= 64 * 16 : parts == 2 && tile_m == 8 && outputs <= 64 * 8;
+  if (parts == 1) return !zeros || outputs <= 64 * 16;
+  return tile_m == 8 && (parts == 2 ? outputs <= 64 * 8 : !zeros);
 }
 
 // Fills a warp's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
@@ -446,11 +447,11 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   // left it finds the first before it waits for copies.
   constexpr int kStride = PartialStride(kTileN), kLog2Items = CeilLog2(ItemsOf<kEpilogue>(kQuads));
   constexpr bool kHoldMore = kHold && kTileN * kTileM <= 64 * 16;
+  constexpr bool kWhole = kParts < 2 * kBlocks;  // N and K are multiples of 8
   auto find_quad = [&](int idx) {
     const int token = idx >> kLog2Items;
     const int quad = QuadOf<kEpilogue>(idx & ((1 << kLog2Items) - 1)), n = n0 + 4 * quad;
-    const bool exists = kEpilogue == W4A16_NO_EPILOGUE || n < p.n;
-    return Quad{.exists = token < rows && quad < kQuads && exists,
+    return Quad{.exists = token < rows && quad < kQuads && (!kWhole || n < p.n),
                 .n = n,
                 .terms = partials + 4 * kStride * token + 16 * quad,
                 .out = OutOf<kEpilogue>(p, m0 + token, n)};
@@ -510,16 +511,16 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   if constexpr (kEpilogue == W4A16_SWIGLU) FindFactors(p, factors, m0, rows);
   if (kHoldMore && log2_split == 0) {
     Addends addends = {};  // of the first quad: on their way while the warps meet
-    if (quad.exists) addends = LoadAddends<T, kEpilogue>(p, quad);
+    if (quad.exists) addends = LoadAddends<T, kEpilogue, kWhole>(p, quad);
     __syncthreads();  // invariant 4
     for (int idx = threadIdx.x; idx < rows << kLog2Items; idx += blockDim.x) {
       if (idx >= blockDim.x) {
         quad = find_quad(idx);
-        if (quad.exists) addends = LoadAddends<T, kEpilogue>(p, quad);
+        if (quad.exists) addends = LoadAddends<T, kEpilogue, kWhole>(p, quad);
       }
-      auto sum = [&](int bytes) { return SumQuads(quad.terms + bytes, p.warp_bytes, warps); };
       if (quad.exists)
-        Finish<T, kEpilogue>(p, quad, sum, addends, factors + 4 * (idx >> kLog2Items));
+        Finish<T, kEpilogue, kWhole>(p, quad, p.warp_bytes, warps, addends,
+                                     factors + 4 * (idx >> kLog2Items));
     }
     return;
   }
@@ -553,13 +554,13 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   for (int idx = threadIdx.x; idx < rows << log2_items; idx += blockDim.x) {
     const int token = idx >> log2_items, i = QuadOf<kEpilogue>(idx & ((1 << log2_items) - 1));
     const int n = n0 + kBlockN * ((i >> 2 << log2_split) + rank) + 4 * (i % 4);
-    if (n >= n0 + kTileN || (kEpilogue != W4A16_NO_EPILOGUE && n >= p.n)) continue;
+    if (n >= n0 + kTileN || (kWhole && n >= p.n)) continue;
     const Quad own = {.exists = true,
                       .n = n,
                       .terms = terms + token * token_bytes + 16 * i,
                       .out = OutOf<kEpilogue>(p, m0 + token, n)};
-    auto sum = [&](int bytes) { return SumQuads(own.terms + bytes, term_bytes, num_terms); };
-    Finish<T, kEpilogue>(p, own, sum, LoadAddends<T, kEpilogue>(p, own), factors + 4 * token);
+    Finish<T, kEpilogue, kWhole>(p, own, term_bytes, num_terms,
+                                 LoadAddends<T, kEpilogue, kWhole>(p, own), factors + 4 * token);
   }
 }
 

@@ -8,8 +8,8 @@
 namespace w4a16 {
 
 // What a thread finishes: 4 neighbouring columns of one token; with W4A16_SWIGLU 4 of gate, and the
-// 4 of up that lie 8 columns, 32 bytes, beyond. Without that, 4 neighbouring lanes have the quads
-// of a block of 16 columns.
+// 4 of up that lie 8 columns beyond. Without that, 4 neighbouring lanes have the quads of a block
+// of 16 columns.
 struct Quad {
   int exists;      // in the tile and its rows
   int n;           // the first column
@@ -53,39 +53,28 @@ __device__ __forceinline__ void PrepareEpilogue(const DecodeParams& p, int n0, i
   }
 }
 
-// Late, while the warps meet: the factors of W4A16_SWIGLU's rows, 1 / rms. A warp sums rows
-// abreast.
+// Late, while the warps meet: the factors of W4A16_SWIGLU's rows, 1 / rms. As few instructions as
+// may be, because they come from memory: a row has kLanes lanes of a warp.
 __device__ __forceinline__ void FindFactors(const DecodeParams& p, uint32_t factors, int m0,
                                             int rows) {
-  constexpr int kAbreast = 4;
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  constexpr int kLanes = 16;
+  const int quads = p.num_squares / 4, lane = threadIdx.x % kLanes;
 #pragma unroll 1
-  for (int token = threadIdx.x / 32; token < rows; token += kAbreast * warps) {
-    const int quads = p.num_squares / 4;
+  for (int token = threadIdx.x / kLanes; token / (32 / kLanes) * (32 / kLanes) < rows;
+       token += blockDim.x / kLanes) {
     const float4* squares =
-        reinterpret_cast<const float4*>(p.squares) + int64_t{m0 + token} * quads;
-    const int64_t next = int64_t{warps} * quads;
-    float sums[kAbreast] = {};
-#pragma unroll 2
-    for (int i = lane; i < quads; i += 32) {
-#pragma unroll
-      for (int r = 0; r < kAbreast; ++r) {
-        if (token + r * warps >= rows) continue;
-        const float4 v = squares[r * next + i];
-        sums[r] += (v.x + v.y) + (v.z + v.w);
-      }
+        reinterpret_cast<const float4*>(p.squares) + int64_t{m0 + min(token, rows - 1)} * quads;
+    float sum = 0;
+#pragma unroll 4
+    for (int i = lane; i < quads; i += kLanes) {
+      const float4 v = squares[i];
+      sum += (v.x + v.y) + (v.z + v.w);
     }
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) {
-#pragma unroll
-      for (int r = 0; r < kAbreast; ++r) sums[r] += __shfl_xor_sync(0xffffffff, sums[r], i);
-    }
-#pragma unroll
-    for (int r = 0; r < kAbreast; ++r) {
-      if (lane == r && token + r * warps < rows)
-        StoreShared(factors + 4 * (token + r * warps),
-                    p.num_squares > 0 ? rsqrtf(sums[r] * p.inverse_k + p.epsilon) : 1.0f);
-    }
+    for (int i = kLanes / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
+    if (lane == 0 && token < rows)
+      StoreShared(factors + 4 * token,
+                  p.num_squares > 0 ? rsqrtf(sum * p.inverse_k + p.epsilon) : 1.0f);
   }
 }
 
@@ -94,7 +83,8 @@ struct Addends {
   uint2 bias, norm_scale;
 };
 
-template <typename T, w4a16_epilogue kEpilogue>
+// `kWhole`: a quad that exists is all below N, a multiple of 4.
+template <typename T, w4a16_epilogue kEpilogue, bool kWhole>
 __device__ __forceinline__ Addends LoadAddends(const DecodeParams& p, const Quad& quad) {
   const auto load = [](const void* from, int64_t at) {
     return *reinterpret_cast<const uint2*>(static_cast<const T*>(from) + at);
@@ -104,19 +94,21 @@ __device__ __forceinline__ Addends LoadAddends(const DecodeParams& p, const Quad
   else if constexpr (kEpilogue == W4A16_ADD_NORM)
     return {.bias = load(p.residual, quad.out), .norm_scale = load(p.norm_scale, quad.n)};
   else
-    return {.bias = LoadBias<T>(p, quad.n), .norm_scale = {}};
+    return {.bias = LoadBias<T>(p, quad.n, kWhole), .norm_scale = {}};
 }
 
-// Stores what the epilogue makes of a quad; sum(bytes): the sum of the terms as far beyond the
-// first; `factor`: the row's, in shared memory.
-template <typename T, w4a16_epilogue kEpilogue, typename Sum>
-__device__ __forceinline__ void Finish(const DecodeParams& p, const Quad& quad, const Sum& sum,
-                                       const Addends& addends, uint32_t factor) {
+// Stores what the epilogue makes of a quad, the sum of `count` terms that are `stride` bytes apart;
+// `factor`: the row's, in shared memory.
+template <typename T, w4a16_epilogue kEpilogue, bool kWhole>
+__device__ __forceinline__ void Finish(const DecodeParams& p, const Quad& quad, int stride,
+                                       int count, const Addends& addends, uint32_t factor) {
+  float4 sums[kEpilogue == W4A16_SWIGLU ? 2 : 1];
+  SumQuads(quad.terms, stride, count, sums);
   if constexpr (kEpilogue == W4A16_NO_EPILOGUE) {
-    StoreOut<T>(p, quad.out, quad.n, sum(0), addends.bias);
+    StoreOut<T>(p, quad.out, quad.n, sums[0], addends.bias, kWhole);
   } else if constexpr (kEpilogue == W4A16_SWIGLU) {
-    const float4 gate = sum(0), up = sum(4 * kBlockN / 2);
     const float alpha = p.alpha * LoadShared(factor);
+    const float4 &gate = sums[0], &up = sums[1];
     const float g[4] = {gate.x, gate.y, gate.z, gate.w}, u[4] = {up.x, up.y, up.z, up.w};
     float v[4];
 #pragma unroll
@@ -126,8 +118,8 @@ __device__ __forceinline__ void Finish(const DecodeParams& p, const Quad& quad, 
     }
     StoreQuad(static_cast<T*>(p.out) + quad.out, v, 4, true);
   } else {
-    const float4 product = sum(0);
-    float v[4] = {product.x, product.y, product.z, product.w}, scaled[4], square = 0;
+    const float4& sum = sums[0];
+    float v[4] = {sum.x, sum.y, sum.z, sum.w}, scaled[4], square = 0;
     const T *residual = reinterpret_cast<const T*>(&addends.bias),
             *norm_scale = reinterpret_cast<const T*>(&addends.norm_scale);
 #pragma unroll

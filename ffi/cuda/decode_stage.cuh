@@ -242,26 +242,43 @@ __device__ __forceinline__ float4 LoadQuad(uint32_t address) {
   return reinterpret_cast<const float4&>(bits);
 }
 
-// Adds kAbreast quads at a time, `stride` bytes apart in shared memory, while as many are left.
-template <int kAbreast>
-__device__ __forceinline__ void AddQuads(float4& sum, uint32_t& first, int stride, int& left) {
+// Adds kAbreast quads at a time, `stride` bytes apart in shared memory, while as many are left; to
+// sums[1] those half a block of columns beyond.
+template <int kAbreast, int kSums>
+__device__ __forceinline__ void AddQuads(float4 (&sums)[kSums], uint32_t& first, int stride,
+                                         int& left) {
 #pragma unroll 1
   for (; left >= kAbreast; left -= kAbreast, first += kAbreast * stride) {
-    float4 quads[kAbreast];
+    float4 quads[kAbreast][kSums];
 #pragma unroll
-    for (int i = 0; i < kAbreast; ++i) quads[i] = LoadQuad(first + i * stride);
+    for (int i = 0; i < kAbreast; ++i) {
 #pragma unroll
-    for (int i = 0; i < kAbreast; ++i) Add(sum, quads[i]);
+      for (int s = 0; s < kSums; ++s) quads[i][s] = LoadQuad(first + i * stride + 2 * kBlockN * s);
+    }
+#pragma unroll
+    for (int i = 0; i < kAbreast; ++i) {
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) Add(sums[s], quads[i][s]);
+    }
   }
 }
 
-// The sum of `count` quads, in their order.
+// Sums of `count` quads, in their order. As few instructions as may be, because they come from
+// memory: 8 loads at a time.
+template <int kSums>
+__device__ __forceinline__ void SumQuads(uint32_t first, int stride, int count,
+                                         float4 (&sums)[kSums]) {
+#pragma unroll
+  for (float4& sum : sums) sum = {};
+  if constexpr (kSums == 1) AddQuads<8>(sums, first, stride, count);
+  AddQuads<4>(sums, first, stride, count);
+  AddQuads<1>(sums, first, stride, count);
+}
+
 __device__ __forceinline__ float4 SumQuads(uint32_t first, int stride, int count) {
-  float4 sum = {};
-  AddQuads<8>(sum, first, stride, count);
-  AddQuads<4>(sum, first, stride, count);
-  AddQuads<1>(sum, first, stride, count);
-  return sum;
+  float4 sums[1];
+  SumQuads(first, stride, count, sums);
+  return sums[0];
 }
 
 // `left` of 4 neighbours; `aligned`: all of them or none, at a multiple of their size.
@@ -281,12 +298,13 @@ __device__ __forceinline__ void StoreQuad(Out* out, const float (&v)[4], int lef
   }
 }
 
-// bias[n .. n + 3] as it is stored; zeros beyond N, or where there is none.
+// bias[n .. n + 3] as it is stored; zeros beyond N, or where there is none. `whole`: all of them
+// are below N.
 template <typename T>
-__device__ __forceinline__ uint2 LoadBias(const DecodeParams& p, int n) {
+__device__ __forceinline__ uint2 LoadBias(const DecodeParams& p, int n, bool whole) {
   if (p.bias == nullptr) return {};
   const T* bias = static_cast<const T*>(p.bias) + n;
-  if (n + 4 <= p.n) return *reinterpret_cast<const uint2*>(bias);
+  if (whole || n + 4 <= p.n) return *reinterpret_cast<const uint2*>(bias);
   alignas(8) T values[4] = {};
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
@@ -295,18 +313,21 @@ __device__ __forceinline__ uint2 LoadBias(const DecodeParams& p, int n) {
   return *reinterpret_cast<const uint2*>(values);
 }
 
-// out[at .. at + 3], which are columns n .. n + 3.
+// out[at .. at + 3], which are columns n .. n + 3. `whole`: all of them are below N, a multiple
+// of 4.
 template <typename T>
 __device__ __forceinline__ void StoreOut(const DecodeParams& p, int64_t at, int n, float4 sum,
-                                         uint2 bias) {
+                                         uint2 bias, bool whole) {
+  const int left = whole ? 4 : p.n - n;
+  const bool aligned = whole || p.n % 4 == 0;
   const T* values = reinterpret_cast<const T*>(&bias);
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], ToFloat(values[i]));
   if (p.out_float32) {
-    StoreQuad(static_cast<float*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
+    StoreQuad(static_cast<float*>(p.out) + at, v, left, aligned);
   } else {
-    StoreQuad(static_cast<T*>(p.out) + at, v, p.n - n, p.n % 4 == 0);
+    StoreQuad(static_cast<T*>(p.out) + at, v, left, aligned);
   }
 }
 

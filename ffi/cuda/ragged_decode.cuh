@@ -309,7 +309,7 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
     if (quad < kQuads)
       StoreOut<T>(p, static_cast<int64_t>(at.m0 + token) * p.n + n, n,
                   SumQuads(partials + token * 4 * kStride + 16 * quad, params.partial_bytes, warps),
-                  {});
+                  {}, false);
   }
   return unit - p.units;
 }
