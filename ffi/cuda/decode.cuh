@@ -40,19 +40,30 @@
 // 40.
 //
 // Nothing hides what a CTA does after its last copy has come: at 4096 x 4096, M = 1, it was 0.8 of
-// 4.7 us. Sums of 8 quads at a time, and addresses found while the first copies were under
-// way, took 5% off (at M = 8 3%, of larger layers 1 to 3%). To run the loop and the end once on
-// nothing meanwhile, so that their instructions are in the cache, cost 3 to 10%. A bias loaded as
-// the warps meet costs 0.5%; loaded after that 2.5, at the start (and converted there) 5.
+// 4.7 us. Sums of several quads at a time, and addresses found while the first copies were under
+// way, took 5% off (at M = 8 3%, of larger layers 1 to 3%). Its instructions come from memory too:
+// a branch for each of a warp's stores cost 0.5 us at M = 16, no code for quads that N cuts 0.3%,
+// and SwiGLU is 2% faster with one loop for the sums of gate and up and half a warp for a row's
+// factor (0.3 us of 28672 x 4096 at M = 1). To run the loop and the end once on nothing meanwhile,
+// so that they are in the cache, cost 3 to 10%. A bias loaded as the warps meet costs 0.5%; loaded
+// after that 2.5, at the start (and converted there) 5.
+//
+// In a unit, what is neither a code nor a product counts at M = 16: to hold the lane and the other
+// stage's address (the compiler read special registers and parameters for them, which takes long),
+// to go on by whole groups, to read scales by ldmatrix, and to have one way for x alone took 5% off
+// in float16, 4 in bfloat16; at M = 1 to 8 1%, of 4096 x 4096 3. Groups of 32, with all addresses
+// held: 2.5%. Four row blocks abreast, or more warps, gained nothing.
 //
 // Codes of fewer instructions: of a word's seven in bfloat16, two gone with x made LargeX took 3 to
 // 5% off (geometric mean of 8 shapes; 12% of 8192 x 28672 at M = 8), one more with CodeBytes 1 to
 // 2%; in float16, where that one was the fifth, 1% up to M = 8 and nothing at M = 16. Exact ones of
 // eight instructions instead of eleven took 6% off 4096 x 4096 at M = 16.
 //
-// What limits M = 16 is the products: at 8192 x 28672 warps mostly wait for the tensor cores, which
-// are busy for half of the time, or for another's instruction, and hardly for memory. Two tokens'
-// sums by one mma took 1 to 4% off. 9 rows take as long as 16, so it is not the copies of x.
+// What limits M = 16 is no one thing: with weights in L2 it takes as long, without any copies 11%
+// less (M = 1: 21), without half of the products 7 (0), without the end 6 (3), without copies of x
+// 4 (0), without sums of x 3 (0.5). At 8192 x 28672 warps mostly wait for the tensor cores, which
+// are busy for half of the time, or for another's instruction. Two tokens' sums by one mma took 1
+// to 4% off. 9 rows take as long as 16.
 //
 // Preconditions (checked by): every pointer aligned to 16 bytes (CheckOperands); extents up to
 // 2^30, group_size a multiple of 32 or >= K (CheckProblem); split_k == cluster size, the tiles fit

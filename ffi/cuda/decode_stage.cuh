@@ -263,14 +263,12 @@ __device__ __forceinline__ void AddQuads(float4 (&sums)[kSums], uint32_t& first,
   }
 }
 
-// Sums of `count` quads, in their order. As few instructions as may be, because they come from
-// memory: 8 loads at a time.
+// Sums of `count` quads, in their order.
 template <int kSums>
 __device__ __forceinline__ void SumQuads(uint32_t first, int stride, int count,
                                          float4 (&sums)[kSums]) {
 #pragma unroll
   for (float4& sum : sums) sum = {};
-  if constexpr (kSums == 1) AddQuads<8>(sums, first, stride, count);
   AddQuads<4>(sums, first, stride, count);
   AddQuads<1>(sums, first, stride, count);
 }
