@@ -155,7 +155,7 @@ Case DrawCase(Draw& draw, const Options& options, const w4a16_device& device) {
   if (draw.Chance(2)) p.m = 0;
   if (draw.Chance(2)) p.n = 0;
   if (draw.Chance(2)) p.k = 0;
-  p.group_size = draw.OneOf<int64_t>({32, 64, 128, 128, 256, 96, 1 << 30});
+  p.group_size = draw.OneOf<int64_t>({32, 64, 128, 128, 256, 96, 384, 1024, 1 << 30});
   p.x_dtype = options.cuda ? draw.OneOf({W4A16_F16, W4A16_BF16})
                            : draw.OneOf({W4A16_F16, W4A16_BF16, W4A16_F32});
   if (options.cuda && device.compute_capability < 80) p.x_dtype = W4A16_F16;
