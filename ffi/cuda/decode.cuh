@@ -157,7 +157,8 @@ class StageLoader {
     FindScales();
   }
 
-  // Whether x comes by tensor copies, which count at the barriers of stages.
+  // Whether x comes by tensor copies, which count at the barriers of stages. Tiles of 16 tokens,
+  // which are for more than a few, have code for no other way, unless x may be unaligned.
   __device__ __forceinline__ bool TensorX() const {
     return kTensorCopies && ((kTileM > 8 && !kGeneral) || p_.x_tensor);
   }

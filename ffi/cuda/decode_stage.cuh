@@ -46,8 +46,8 @@ __device__ __forceinline__ uint32_t XChunk(uint32_t row, uint32_t chunk) {
   return row * (kBlockK * 2) + (chunk ^ row % 8) * 16;
 }
 
-// Where a lane finds its operands in a stage; and the first of the lanes (one of 4 from it on) that
-// have the sums of its tokens.
+// Where a lane finds its operands in a stage; sum_lane has the sum of its first token, the fourth
+// lane from there that of its second.
 struct StageOffsets {
   uint32_t words, scales, x, sum_lane;
 };
@@ -66,9 +66,9 @@ __device__ __forceinline__ StageOffsets FindOffsets(uint32_t lane) {
 }
 
 // sum(x) of 8 tokens over Dequantizer's step of row half 0, as accumulators hold them: of token
-// lane % 4 * 2 + i. x is operand B of kSteps mma steps. As operand A, that of two
-// steps has a token in every row and half of K in rows 0 .. 7 and 8 .. 15, so that one mma sums
-// both; but two steps alone, of no other tokens, are summed sooner as operand B.
+// lane % 4 * 2 + i. x is operand B of kSteps mma steps. As operand A, that of two steps has a token
+// in every row and half of K in rows 0 .. 7 and 8 .. 15, so that one mma sums both; but two steps
+// alone, of no other tokens, are summed sooner as operand B.
 template <typename T, int kSteps, int kTokenBlocks>
 __device__ __forceinline__ void SumTokens(const uint32_t (&x)[kSteps][2], uint32_t sum_lane,
                                           float (&sum)[2]) {
@@ -152,7 +152,8 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         x[j][s + 1][0] = v[2], x[j][s + 1][1] = v[3];
       }
     }
-    // At the step of either row half; minus: 8 times that, added to sums as they are.
+    // At the step of either row half; minus: what 8 more in every code added, to be added to sums
+    // as they are.
     float sum[kTokenBlocks][4], minus[kTokenBlocks][4];
     if constexpr (kAffine) {
       constexpr float kRatio = D::Step(0) / D::Step(1), kEight = kSymmetricZero + D::kOffset;
