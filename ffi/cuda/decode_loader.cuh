@@ -227,18 +227,12 @@ class StageLoader {
     }
   }
 
-  // From column n0_ on, the scales (row < kParts) or zeros of part row % kParts.
-  __device__ __forceinline__ const T* ScaleSource(int row) const {
-    const int part = row % kParts;
-    // The last unit may reach past K.
-    const int k = part == 0 ? k0_ : min(k0_ + part * (kUnitK / kParts), p_.k - 1);
-    const int group = static_cast<int>(__umulhi(k, p_.group_multiplier) >> p_.group_shift);
-    return static_cast<const T*>(!kZeros || row < kParts ? p_.scales : p_.zeros) +
-           static_cast<int64_t>(group) * p_.n + n0_;
+  __device__ __forceinline__ const T* ScalesOf(int row) const {
+    return ScaleSource<T, kUnitK, kZeros, kParts>(p_, k0_, n0_, row);
   }
 
   __device__ __forceinline__ const T* ScaleChunk(int idx) const {
-    return ScaleSource(idx / kRowChunks) + idx % kRowChunks * 8;
+    return ScalesOf(idx / kRowChunks) + idx % kRowChunks * 8;
   }
 
   __device__ __forceinline__ bool HasScaleChunk(int idx) const {
@@ -263,7 +257,7 @@ class StageLoader {
     for (int idx = lane_; idx < kScaleRows * kTileN; idx += 32) {
       const int row = idx / kTileN, n = idx % kTileN;
       if (n0_ + n < p_.n)
-        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row))[n]);
+        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScalesOf(row))[n]);
     }
   }
 

@@ -46,6 +46,18 @@ __device__ __forceinline__ uint32_t XChunk(uint32_t row, uint32_t chunk) {
   return row * (kBlockK * 2) + (chunk ^ row % 8) * 16;
 }
 
+// Column n0 of the scales (row < kParts) or zeros of part row % kParts of a unit of kUnitK codes
+// that begins at k0.
+template <typename T, int kUnitK, bool kZeros, int kParts>
+__device__ __forceinline__ const T* ScaleSource(const DecodeParams& p, int k0, int n0, int row) {
+  const int part = row % kParts;
+  // The last unit may reach past K.
+  const int k = part == 0 ? k0 : min(k0 + part * (kUnitK / kParts), p.k - 1);
+  const int group = static_cast<int>(__umulhi(k, p.group_multiplier) >> p.group_shift);
+  return static_cast<const T*>(!kZeros || row < kParts ? p.scales : p.zeros) +
+         static_cast<int64_t>(group) * p.n + n0;
+}
+
 // Where a lane finds its operands in a stage; sum_lane has the sum of its first token, the fourth
 // lane from there that of its second.
 struct StageOffsets {

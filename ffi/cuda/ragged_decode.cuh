@@ -168,14 +168,8 @@ class UnitLoader {
     }
   }
 
-  // From column n0_ on, the scales (row < kParts) or zeros of part row % kParts.
-  __device__ __forceinline__ const T* ScaleSource(int row) const {
-    const int part = row % kParts;
-    // The last unit may reach past K.
-    const int k = part == 0 ? k0_ : min(k0_ + part * (kUnitK / kParts), p_.k - 1);
-    const int group = static_cast<int>(__umulhi(k, p_.group_multiplier) >> p_.group_shift);
-    return static_cast<const T*>(!kZeros || row < kParts ? p_.scales : p_.zeros) +
-           static_cast<int64_t>(group) * p_.n + n0_;
+  __device__ __forceinline__ const T* ScalesOf(int row) const {
+    return ScaleSource<T, kUnitK, kZeros, kParts>(p_, k0_, n0_, row);
   }
 
   __device__ __forceinline__ void LoadScales(uint32_t dst) const {
@@ -185,7 +179,7 @@ class UnitLoader {
       const int idx = i + thread_;
       const int row = idx / kRowChunks, n = idx % kRowChunks * 8;
       if (idx < kScaleRows * kRowChunks && n0_ + n < p_.n)
-        CopyAsync(dst + 16 * idx, ScaleSource(row) + n);
+        CopyAsync(dst + 16 * idx, ScalesOf(row) + n);
     }
   }
 
@@ -193,7 +187,7 @@ class UnitLoader {
     for (int idx = thread_; idx < kScaleRows * kTileN; idx += kThreads) {
       const int row = idx / kTileN, n = idx % kTileN;
       if (n0_ + n < p_.n)
-        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScaleSource(row))[n]);
+        StoreShared16(dst + 2 * idx, reinterpret_cast<const uint16_t*>(ScalesOf(row))[n]);
     }
   }
 
