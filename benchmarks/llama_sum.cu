@@ -2,10 +2,10 @@
 //
 // A device stores its part in the memory of the others, each 8 bytes with the number of the call beside them,
 // and reads theirs from its own memory until the number is there: one way over NVLink, no barrier, no fence.
-// Calls come in the same order on all devices. Slots of even and odd calls alternate: a device that has what
-// another sent in call n knows that the other has read what call n - 1 sent.
+// Calls come in the same order on all devices. Every place counts the calls that it had a part in, so that no
+// thread waits for another. Slots of even and odd calls alternate: a device that has what another sent in call
+// n knows that the other has read what call n - 1 sent.
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -16,15 +16,14 @@
 namespace {
 
 namespace ffi = xla::ffi;
-namespace cg = cooperative_groups;
 
 constexpr int kMaxDevices = 8;
-constexpr int kCluster = 8;  // CTAs that share a row
+constexpr int kThreads = 128;  // of a CTA: each has one pair of values and all one row
 constexpr int64_t kCapacity = 16 * 8192 / 2;  // pairs of values that a device sends in one call
 
 struct Link {
   uint4* slots[kMaxDevices];  // in the memory of each device: [even or odd, sender, kCapacity]
-  uint32_t* counts;           // calls made, clusters that have finished the present one
+  uint32_t* calls;            // [kCapacity], made so far
   int rank, size;
 };
 
@@ -47,21 +46,19 @@ __device__ float2 Receive(const uint4* slot, uint32_t call) {
   return {__uint_as_float(x), __uint_as_float(y)};
 }
 
-__global__ void __cluster_dims__(kCluster, 1, 1)
+__global__ void __launch_bounds__(kThreads)
     AddNorm(const __grid_constant__ Link link, const float2* part, const __nv_bfloat162* x, const __nv_bfloat162* scale,
             __nv_bfloat162* out, __nv_bfloat162* scaled, float* squares) {
-  __shared__ float of_warps[32], of_ctas[kCluster];
-  const auto cluster = cg::this_cluster();
-  auto started = cluster.barrier_arrive();
-  const int column = blockIdx.x * blockDim.x + threadIdx.x;  // in pairs
-  const int64_t i = int64_t{blockIdx.y} * gridDim.x * blockDim.x + column;
-  const uint32_t call = *link.counts + 1;
-  const int64_t parity = (call & 1) * link.size;
-
+  __shared__ float of_warps[kThreads / 32];
+  const int column = blockIdx.x * kThreads + threadIdx.x;  // in pairs
+  const int64_t i = int64_t{blockIdx.y} * gridDim.x * kThreads + column;
   const float2 mine = part[i];
+  const uint32_t call = link.calls[i] + 1;
+  const int64_t parity = (call & 1) * link.size;
   for (int d = 0; d < link.size; ++d) {
     if (d != link.rank) Send(link.slots[d] + (parity + link.rank) * kCapacity + i, mine, call);
   }
+  link.calls[i] = call;
   const float2 residual = __bfloat1622float2(x[i]);
   const float2 factor = __bfloat1622float2(scale[column]);
   float2 sum{0, 0};  // in one order on all devices
@@ -76,29 +73,14 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
   const float2 wide = __bfloat1622float2(rounded);
   scaled[i] = __floats2bfloat162_rn(wide.x * factor.x, wide.y * factor.y);
 
-  auto over_warp = [](float v) {
-    for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
-    return v;
-  };
-  const float of_warp = over_warp(wide.x * wide.x + wide.y * wide.y);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (lane == 0) of_warps[warp] = of_warp;
+  float square = wide.x * wide.x + wide.y * wide.y;
+  for (int lanes = 16; lanes > 0; lanes /= 2) square += __shfl_xor_sync(~0u, square, lanes);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = square;
   __syncthreads();
-  cluster.barrier_wait(std::move(started));
-  if (warp == 0) {
-    const float total = over_warp(lane < blockDim.x / 32 ? of_warps[lane] : 0.0f);
-    if (lane == 0) cluster.map_shared_rank(of_ctas, 0)[blockIdx.x] = total;
-  }
-  cluster.sync();
-  if (threadIdx.x != 0 || blockIdx.x != 0) return;
+  if (threadIdx.x != 0) return;
   float total = 0;
-  for (int c = 0; c < kCluster; ++c) total += of_ctas[c];
-  squares[blockIdx.y] = total;
-  // The last cluster to have read the count raises it.
-  if (gridDim.y == 1 || atomicAdd(link.counts + 1, 1) == gridDim.y - 1) {
-    link.counts[1] = 0;
-    link.counts[0] = call;
-  }
+  for (float of_warp : of_warps) total += of_warp;
+  squares[int64_t{blockIdx.y} * gridDim.x + blockIdx.x] = total;
 }
 
 using BF16 = ffi::Buffer<ffi::BF16>;
@@ -111,15 +93,15 @@ ffi::Error Run(cudaStream_t stream, F32 part, BF16 x, BF16 scale, ffi::Result<BF
     return ffi::Error::Internal("llama_add_norm: the device is linked to no other");
   }
   const int64_t hidden = scale.element_count(), count = x.element_count();
-  const int64_t threads = hidden / (2 * kCluster);
-  if (hidden % (64 * kCluster) || threads > 1024 || count % hidden || count / 2 > kCapacity ||
+  constexpr int kColumns = 2 * kThreads;
+  if (hidden % kColumns || hidden == 0 || count % hidden || count / 2 > kCapacity ||
       part.element_count() != count || out->element_count() != count || scaled->element_count() != count ||
-      squares->element_count() != count / hidden) {
+      squares->element_count() != count / kColumns) {
     return ffi::Error::InvalidArgument("llama_add_norm: sizes");
   }
   if (count == 0) return ffi::Error::Success();
   auto pairs = [](auto* p) { return reinterpret_cast<__nv_bfloat162*>(p); };
-  AddNorm<<<dim3(kCluster, count / hidden), threads, 0, stream>>>(
+  AddNorm<<<dim3(hidden / kColumns, count / hidden), kThreads, 0, stream>>>(
       g_links[device], reinterpret_cast<const float2*>(part.typed_data()), pairs(x.typed_data()),
       pairs(scale.typed_data()), pairs(out->typed_data()), pairs(scaled->typed_data()),
       squares->typed_data());
@@ -142,13 +124,14 @@ cudaError_t Connect(const int* ordinals, int size) {
     const size_t bytes = 2 * size * kCapacity * sizeof(uint4);
     if (cudaError_t e = cudaMalloc(&link.slots[rank], bytes)) return e;
     if (cudaError_t e = cudaMemset(link.slots[rank], 0, bytes)) return e;
-    if (cudaError_t e = cudaMalloc(&g_links[ordinals[rank]].counts, 8)) return e;
-    if (cudaError_t e = cudaMemset(g_links[ordinals[rank]].counts, 0, 8)) return e;
+    uint32_t*& calls = g_links[ordinals[rank]].calls;
+    if (cudaError_t e = cudaMalloc(&calls, kCapacity * sizeof *calls)) return e;
+    if (cudaError_t e = cudaMemset(calls, 0, kCapacity * sizeof *calls)) return e;
     if (cudaError_t e = cudaDeviceSynchronize()) return e;
   }
   for (int rank = 0; rank < size; ++rank) {
     Link& own = g_links[ordinals[rank]];
-    link.counts = own.counts;
+    link.calls = own.calls;
     link.rank = rank;
     own = link;
   }

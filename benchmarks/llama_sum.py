@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_CLUSTER, _CAPACITY = 8, 16 * 8192  # as in llama_sum.cu
+_COLUMNS, _CAPACITY = 256, 16 * 8192  # of a CTA and of all, as in llama_sum.cu
 _TARGET = "llama_add_norm"
 
 
@@ -54,9 +54,8 @@ def connect(devices: Sequence[Any]) -> None:
 
 def serves(rows: int, hidden: int, dtype) -> bool:
     """Whether `add_and_norm` takes x [rows, hidden]."""
-    threads = hidden // (2 * _CLUSTER)
-    fits = threads <= 1024 and rows * hidden <= _CAPACITY
-    return hidden % (64 * _CLUSTER) == 0 and fits and jnp.dtype(dtype) == jnp.bfloat16
+    whole = hidden > 0 and hidden % _COLUMNS == 0
+    return whole and rows * hidden <= _CAPACITY and jnp.dtype(dtype) == jnp.bfloat16
 
 
 def add_and_norm(x, part, scale):
@@ -68,8 +67,9 @@ def add_and_norm(x, part, scale):
       scale: bfloat16 [hidden].
 
     Returns:
-      y = x plus the sum of the parts, rounded once; y * scale; and float32 [..., 1], the sum of y's squares.
+      y = x plus the sum of the parts, rounded once; y * scale; and float32 [..., hidden / 256], sums of y's
+      squares over 256 columns each.
     """
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    squares = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+    squares = jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] // _COLUMNS), jnp.float32)
     return jax.ffi.ffi_call(_TARGET, (like, like, squares))(part, x, scale)

@@ -343,7 +343,7 @@ class TestTensorParallel:
                 y, scaled, squares = llama_sum.add_and_norm(x[0], parts[0], scale)
                 return y, scaled, squares
 
-            x = x, jnp.zeros_like(x), jnp.zeros((*x.shape[:-1], 1))
+            x = x, jnp.zeros_like(x), jnp.zeros((*x.shape[:-1], x.shape[-1] // 256))
             return jax.tree.map(lambda a: a[None], jax.lax.fori_loop(0, calls, step, x))
 
         split = P(llama.AXIS)
@@ -358,7 +358,8 @@ class TestTensorParallel:
             np.testing.assert_array_equal(y[device], want)
             product = want.astype(jnp.float32) * scale
             np.testing.assert_array_equal(scaled[device], product.astype(jnp.bfloat16))
-            np.testing.assert_allclose(squares[device], (wide**2).sum(-1, keepdims=True), rtol=1e-5)
+            of_blocks = (wide.reshape(*shape[:-1], -1, 256) ** 2).sum(-1)
+            np.testing.assert_allclose(squares[device], of_blocks, rtol=1e-5)
         np.testing.assert_array_equal(squares[0], squares[1])
 
     @pytest.mark.gpu
