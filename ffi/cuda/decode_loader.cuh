@@ -7,18 +7,7 @@
 
 namespace w4a16 {
 
-// Has the compiler hold a value in a register instead of deriving it again wherever it is used.
-template <bool kWanted, typename V>
-__device__ __forceinline__ void Hold(V& v) {
-  if constexpr (!kWanted) return;
-  if constexpr (sizeof(V) == 8) {
-    asm volatile("" : "+l"(v));
-  } else {
-    asm volatile("" : "+r"(v));
-  }
-}
-
-// Whether registers are left for that.
+// Whether registers are left to hold addresses.
 __host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, bool zeros, int parts) {
   const int outputs = tile_n * tile_m;
   if (parts == 1) return !zeros || outputs <= 64 * 16;

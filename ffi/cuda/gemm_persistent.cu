@@ -53,10 +53,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
       .blocks_per_group = one_group ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
-      .per_panel = Divisor(static_cast<uint32_t>(kPanelM * units_n)),
-      .last_width = Divisor(static_cast<uint32_t>(std::max(tiles_m % kPanelM, int64_t{1}))),
+      .panels = Panels(tiles_m, units_n),
       .tiles_m = Divisor(static_cast<uint32_t>(tiles_m)),
-      .full_panels = static_cast<int>(tiles_m / kPanelM),
       .whole_units = static_cast<int>(schedule.whole_units),
       .units = static_cast<int>(schedule.units),
       .tail_shift = schedule.tail_shift,
@@ -64,10 +62,10 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .whole_columns = static_cast<int>(schedule.whole_columns),
       // x is read by every column of tiles of a panel, which is worth a place in L2 where it fits;
       // codes are read once for every token tile.
-      .x_policy = std::min<int64_t>(p.m, kPanelM * config.tile_m) * p.k * 2 <= kMostKeptBytes
+      .x_policy = std::min<int64_t>(p.m, Panels::kWidth * config.tile_m) * p.k * 2 <= kMostKeptBytes
                       ? kEvictLast
                       : kEvictNormal,
-      .weight_policy = tiles_m == 1 ? kEvictFirst : kEvictNormal,
+      .weight_policy = WeightPolicy(tiles_m),
       .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
   };
@@ -108,8 +106,7 @@ Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
       .blocks_per_group = NumGroups(p) == 1 ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
-      .per_panel = Divisor(1),
-      .last_width = Divisor(1),
+      .panels = Panels(1, 1),
       .tiles_m = Divisor(1),
       .x_policy = kEvictLast,
       .weight_policy = kEvictNormal,

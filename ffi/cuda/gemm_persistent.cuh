@@ -61,32 +61,10 @@
 #include "dequant.cuh"
 #include "gemm_persistent.h"
 #include "kernels.h"
+#include "panels.cuh"
 #include "ptx_sm90.cuh"
 
 namespace w4a16 {
-
-// Division of 0 <= a < 2^31 by a fixed 1 <= d < 2^31 as a multiplication.
-struct Divisor {
-  uint32_t d, multiplier, shift;
-
-  explicit Divisor(uint32_t divisor) : d(divisor), multiplier(0), shift(0) {
-    while ((uint64_t{1} << shift) < d) ++shift;
-    if (d > 1) multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + d - 1) / d);
-  }
-#if defined(__CUDACC__)
-  __device__ uint32_t Quotient(uint32_t a) const {
-    return d == 1 ? a : __umulhi(a, multiplier) >> (shift - 1);
-  }
-#endif
-};
-
-// Units are walked in panels of kPanelM token tiles, so that those in flight share both operands in
-// L2.
-inline constexpr int kPanelM = 8;
-
-// L2 policies, as createpolicy makes them.
-inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,
-                          kEvictLast = 0x14f0000000000000;
 
 struct PersistentParams {
   const uint32_t* qweight;
@@ -96,9 +74,8 @@ struct PersistentParams {
   void* out;
   int m, n, k;
   int blocks_per_group;
-  Divisor per_panel, last_width;  // units in a full panel; token tiles in the last panel
+  Panels panels;  // of units
   Divisor tiles_m;
-  int full_panels;
   int whole_units, units, tail_shift, tail_rows, whole_columns;  // gemm_persistent.h
   uint64_t x_policy, weight_policy;
   float alpha;
@@ -209,12 +186,10 @@ __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
     tile = p.whole_units + (left >> shift);
     part = left & ((1 << shift) - 1);
   }
-  const int panel = p.per_panel.Quotient(tile), inside = tile - panel * p.per_panel.d;
-  const bool full = panel < p.full_panels;
-  const int column = full ? inside / kPanelM : p.last_width.Quotient(inside);
-  const int row = inside - column * (full ? kPanelM : p.last_width.d);
+  int row, column;
+  p.panels.Find(tile, &row, &column);
   return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
-          .m0 = (panel * kPanelM + row) * Shape::kTileM + part * (Shape::kTileM >> shift),
+          .m0 = row * Shape::kTileM + part * (Shape::kTileM >> shift),
           .shift = shift,
           .rows = Shape::kTileN};
 }

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 
 #include "gemm_wgmma.h"
 #include "launch.cuh"
@@ -22,25 +23,29 @@ int ScaleBoxRows(const Problem& p, const Config& config, int blocks, int64_t wei
 // For a kernel whose stages hold `blocks` blocks, and weights one after the other.
 WgmmaParams ParamsOf(const Problem& p, const Operands& o, const Config& config, int blocks,
                      int64_t weights) {
+  const int group_size = static_cast<int>(std::min(p.group_size, CeilDiv(p.k, 32) * 32));
+  const int64_t tiles_m = CeilDiv(p.m, config.tile_m);
   // Tokens beyond M need not be there: whatever is, their sums are not stored.
   const int x_rows = static_cast<int>(std::min<int64_t>(config.tile_m, CeilDiv(p.m, 8) * 8));
   return {
-      .scales = o.scales,
-      .zeros = o.zeros,
-      .bias = o.bias,
-      .out = o.out,
-      .m = static_cast<int>(p.m),
-      .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
-      .group_size = static_cast<int>(std::min(p.group_size, CeilDiv(p.k, 32) * 32)),
+      .panels = Panels(tiles_m, CeilDiv(p.n, config.tile_n)),
+      .run_shift = NumGroups(p) == 1 ? 2 : std::min(std::countr_zero(group_size / 32u), 2),
+      .group_size = group_size,
+      .of_group = Divisor(static_cast<uint32_t>(group_size)),
+      .weight_policy = WeightPolicy(tiles_m),
       .groups = static_cast<int>(NumGroups(p)),
-      .tiles_m = static_cast<int>(CeilDiv(p.m, config.tile_m)),
-      .tiles_n = static_cast<int>(CeilDiv(p.n, config.tile_n)),
+      .n = static_cast<int>(p.n),
       .x_rows = x_rows,
       .x_in_blocks = p.k % kBlockK == 0 && x_rows == config.tile_m,
       .scales_in_boxes = ScaleBoxRows(p, config, blocks, weights) > 0,
-      .alpha = o.alpha,
       .out_is_f32 = p.out_dtype == W4A16_F32,
+      .scales = o.scales,
+      .zeros = o.zeros,
+      .m = static_cast<int>(p.m),
+      .alpha = o.alpha,
+      .bias = o.bias,
+      .out = o.out,
   };
 }
 
@@ -85,7 +90,7 @@ Status RunWgmma(const Problem& p, const Operands& o, const Config& config, cudaS
   const WgmmaParams params = ParamsOf(p, o, config, kernel.blocks, 1);
   WgmmaMaps maps;
   if (Status s = EncodeMaps(p, o, config, params, kernel.blocks, 1, &maps); !s.ok()) return s;
-  const int64_t tiles = static_cast<int64_t>(params.tiles_n) * params.tiles_m;
+  const int64_t tiles = CeilDiv(p.n, config.tile_n) * CeilDiv(p.m, config.tile_m);
   return LaunchClusters(config.name, kernel.kernel, tiles * config.split_k, config.split_k,
                         kernel.threads, kernel.shared_bytes, stream, maps, params);
 }

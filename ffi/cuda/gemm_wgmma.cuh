@@ -84,27 +84,36 @@
 #pragma once
 
 #include <climits>
+#include <type_traits>
 
 #include "dequant.cuh"
 #include "gemm_wgmma.h"
 #include "kernels.h"
+#include "panels.cuh"
 #include "ptx_sm90.cuh"
 
 namespace w4a16 {
 
+// In the order in which they are needed: producers begin with the first 64 bytes, a line of the
+// cache that they are read through.
 struct WgmmaParams {
-  const void* scales;
-  const void* zeros;
-  const void* bias;
-  void* out;
-  int m, n, k;
+  int k;
+  Panels panels;
+  int run_shift;   // runs of 32 << run_shift codes, aligned to their length, lie in one group
   int group_size;  // at most K rounded up to a multiple of 32
+  Divisor of_group;
+  uint64_t weight_policy;
   int groups;
-  int tiles_m, tiles_n;
+  int n;
   int x_rows;                         // of a box of x
   bool x_in_blocks, scales_in_boxes;  // WgmmaMaps
-  float alpha;
   bool out_is_f32;
+  const void* scales;
+  const void* zeros;
+  int m;
+  float alpha;
+  const void* bias;
+  void* out;
 };
 
 // x in boxes of x_rows tokens x 64 values, or of kBlocks of these, one after the other, if that
@@ -175,14 +184,16 @@ struct WgmmaShape {
   static constexpr int kPipelineBytes =
       kZeroOffset + (kHasZeros ? kStages * kScaleRows * kRowBytes : 0);
 
-  // Each rank of the cluster finishes a slice of the tile's chunks of eight tokens. What it has
-  // summed of it stays in place of the stages; the other ranks' sums come to its inbox.
+  // Each rank of the cluster finishes a slice of the tile's chunks of eight tokens, of which each
+  // team sums every kTeams-th; the other ranks' sums of it come to its inbox.
   static constexpr int kChunks = kTileM / 8;
   static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
+  static constexpr int kOwners = (kChunks + kSliceChunks - 1) / kSliceChunks;  // of slices
+  static constexpr int kTeamChunks = (kSliceChunks + kTeams - 1) / kTeams;
   static constexpr int kChunkBytes = kTeamThreads * 16;  // four sums a thread
-  static constexpr int kSliceBytes = kSliceChunks * kChunkBytes;
-  static constexpr int kRankBytes = kTeams * kSliceBytes;  // a rank's sums of one slice
-  static constexpr int kInboxOffset = kPipelineBytes > kRankBytes ? kPipelineBytes : kRankBytes;
+  static constexpr int kRankBytes = kTeamChunks * kTeams * kChunkBytes;
+  static constexpr int kInboxOffset = kPipelineBytes;
+  static_assert(kTeams == 1 || kOwners * kRankBytes <= kPipelineBytes);
   __device__ static int ChunksOf(int rank) {
     return max(0, min(kSliceChunks, kChunks - rank * kSliceChunks));
   }
@@ -211,8 +222,9 @@ struct WgmmaShape {
     return ctas == 0 || Fits(ctas, 1) ? ctas : MostCtas(ctas - 1);
   }
   static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
-  static constexpr bool kReallocate = LaunchRegisters(kFolds ? kCtasPerSm : 1) < kRegisters;
-  static constexpr int kConsumerRegisters = ConsumerRegisters(kFolds ? kCtasPerSm : 1);
+  static constexpr int kRegisterCtas = kFolds ? kCtasPerSm : 1;
+  static constexpr bool kReallocate = LaunchRegisters(kRegisterCtas) < kRegisters;
+  static constexpr int kConsumerRegisters = ConsumerRegisters(kRegisterCtas);
   // One warp starts copies of one kind faster than of all three. It pays (1 to 4%) where stages are
   // taken quickly: by teams, or of one block of not too many tokens.
   static constexpr bool kManyProducers =
@@ -222,6 +234,12 @@ struct WgmmaShape {
                                     : Fits(kCtasPerSm, 2)                ? 2
                                                                          : 1;
   static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32 * kProducers);
+  static constexpr int kReaders = kConsumers + 32 * kProducers;  // of barriers
+
+  // Whether registers are left for what a consumer needs after its last product: it finds it while
+  // it waits for the first stage.
+  static constexpr bool kFindsEarly =
+      (kReallocate ? kConsumerRegisters : 65536 / kCtasPerSm / kThreads / 8 * 8) >= kRegisters + 24;
 };
 
 // The shape of a line of configs.inc. With zeros each team has a stage less if that keeps as many
@@ -240,26 +258,27 @@ struct ShapeOfLine {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Starts the copies of codes, of x, or of scales and zeros of the CTA's part of K: chunks [begin,
-// end) of kBlocks blocks. Runs in one thread. kBoxes is p.scales_in_boxes.
+// end) of kBlocks blocks. The whole warp calls it. kBoxes is p.scales_in_boxes.
 template <typename T, typename Shape, bool kCodes, bool kX, bool kScales, bool kBoxes>
 __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p, uint32_t shared,
                                      int begin, int end, int expert, int n0, int m0,
-                                     int scale_shift) {
+                                     int run_shift) {
+  if (ptx::ElectOne()) {
+    if constexpr (kCodes) ptx::PrefetchTensorMap(&maps.codes);
+    if constexpr (kX) ptx::PrefetchTensorMap(&maps.x);
+    if constexpr (kScales && kBoxes) ptx::PrefetchTensorMap(&maps.scales);
+  }
+  __syncwarp();
   const uint32_t row_bytes = kBoxes ? Shape::kRowBytes : min(Shape::kTileN, p.n - n0) * 2;
   const uint32_t x_bytes = p.x_rows * 128;  // one block
-  const int rows = ((2 * Shape::kBlocks - 1) >> scale_shift) + 1;
+  const int rows = ((2 * Shape::kBlocks - 1) >> run_shift) + 1;
   const uint32_t bytes = Shape::kBlocks * ((kX ? x_bytes : 0) + (kCodes ? Shape::kCodeBytes : 0)) +
                          (kScales ? rows * row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
-  // Codes and scales are read once unless several token tiles share them; every tile of rows reads
-  // x.
-  const uint64_t keep = ptx::PolicyEvictLast();
-  const uint64_t weight_policy =
-      p.tiles_m == 1 ? ptx::PolicyEvictFirst() : ptx::PolicyEvictNormal();
   const int first_block = expert * static_cast<int>(CeilDiv(p.k, kBlockK));
 
   // The group of the next row of scales, and how many codes of it are left.
   const int first_k = begin * Shape::kBlocks * kBlockK;
-  int group = min(first_k / p.group_size, p.groups - 1);
+  int group = min(static_cast<int>(p.of_group.Quotient(first_k)), p.groups - 1);
   int left = static_cast<int>(
       min(static_cast<int64_t>(group + 1) * p.group_size - first_k, int64_t{INT_MAX}));
   const auto next_group = [&](int codes) {  // of which the next row is
@@ -275,12 +294,23 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
   const T* scales = static_cast<const T*>(p.scales) + (first_row + group) * p.n + n0;
   const T* zeros = static_cast<const T*>(p.zeros) + (first_row + group) * p.n + n0;
 
+  // First all that needs no barrier.
+  uint64_t weight_policy = p.weight_policy;
+  Hold<true>(group), Hold<true>(left), Hold<true>(n0), Hold<true>(m0), Hold<true>(weight_policy);
+  Hold<true>(shared);
+  // The first producer has initialised the barriers; the others wait for that.
+  if constexpr (kCodes)
+    ptx::NamedBarrierArrive(1, Shape::kReaders);  // S7
+  else
+    ptx::NamedBarrier(1, Shape::kReaders);  // S7
+  if (!ptx::ElectOne()) return;
   int slot = 0;
-  uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
+  uint32_t parity = 1;
+  bool refills = false;
 #pragma unroll 1
   for (int chunk = begin; chunk < end; ++chunk) {
     const uint32_t full = Shape::Full(shared, slot);
-    ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
+    if (refills) ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
     ptx::MbarrierArriveExpectTx(full, bytes);
     if constexpr (kCodes)
       ptx::TensorLoad3d(shared + Shape::kCodeOffset + slot * (Shape::kBlocks * Shape::kCodeBytes),
@@ -289,11 +319,11 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
     if constexpr (kX) {
       const uint32_t x = shared + Shape::kXOffset + slot * (Shape::kBlocks * Shape::kXBytes);
       if (p.x_in_blocks) {
-        ptx::TensorLoad3d(x, &maps.x, 0, m0, chunk * Shape::kBlocks, full, keep);
+        ptx::TensorLoad3d(x, &maps.x, 0, m0, chunk * Shape::kBlocks, full, kEvictLast);
       } else {
         for (int b = 0; b < Shape::kBlocks; ++b)
           ptx::TensorLoad2d(x + b * Shape::kXBytes, &maps.x, (chunk * Shape::kBlocks + b) * kBlockK,
-                            m0, full, keep);
+                            m0, full, kEvictLast);
       }
     }
     uint32_t row_at = shared + slot * (Shape::kScaleRows * Shape::kRowBytes);
@@ -307,7 +337,7 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
 #pragma unroll 1
       for (int row = 0; row < rows; ++row) {
         // Codes beyond K meet zeros of x; they take the last group's scale.
-        if (next_group(32 << scale_shift)) {
+        if (next_group(32 << run_shift)) {
           scales += p.n;
           zeros += p.n;
         }
@@ -320,6 +350,7 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
     if (++slot == Shape::kStages) {
       slot = 0;
       parity ^= 1;
+      refills = true;
     }
   }
 }
@@ -518,109 +549,336 @@ struct Consumer {
   }
 };
 
-// Stores alpha * sum + bias of eight tokens from `token` on by the warp's 16 rows from n on; v is
-// an accumulator fragment, bias that of the lane's two rows.
-template <typename T>
-__device__ inline void StoreChunk(const WgmmaParams& p, float alpha, int token, int n,
-                                  float (&v)[4], const float (&bias)[2]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = fmaf(alpha, v[i], bias[i / 2]);
-  if (p.out_is_f32) {
-    float* out = static_cast<float*>(p.out);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int m = token + 2 * (lane % 4) + i % 2, row = n + lane / 4 + 8 * (i / 2);
-      if (m < p.m && row < p.n) out[static_cast<int64_t>(m) * p.n + row] = v[i];
-    }
-    return;
-  }
-  uint32_t half[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const T pair[2] = {static_cast<T>(v[2 * r]), static_cast<T>(v[2 * r + 1])};
-    half[r] = ptx::Transpose8x8(reinterpret_cast<const uint32_t&>(pair));
-  }
-  // The lane now holds two values of either eight rows, of token lane / 4. Neighbours swap one, so
-  // that each has four of one eight.
-  const bool odd = lane & 1;
-  const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? half[0] : half[1], 1);
-  const uint2 four = odd ? make_uint2(other, half[1]) : make_uint2(half[0], other);
-  const int m = token + lane / 4, row = n + 8 * odd + 2 * (lane & 2);
-  if (m < p.m && row < p.n)
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.n + row) = four;
-}
+// What a consumer thread finishes: where its warp's 16 rows begin, and how many tokens of the tile
+// there are from m0 on.
+struct Place {
+  int thread;  // of its team
+  int team;
+  int n0, m0;
+  __device__ inline int Row() const { return n0 + thread / 32 * 16; }
+};
 
-// From the accumulators to `out`, by way of the inboxes if kSplitK > 1. Each thread's sums of a
-// slice stay with it, or go to the same thread of the slice's rank; what follows is then a short
-// loop: instructions met for the first time cost more than the detour.
+// alpha * sum + bias of the lane's two rows.
 template <typename T, typename Shape>
-__device__ inline void FinishTile(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2],
-                                  uint32_t shared, int rank, int n0, int m0) {
-  constexpr int kSplitK = Shape::kSplitK;
-  const int team = Shape::kTeams == 1 ? 0 : threadIdx.x / Shape::kTeamThreads;
-  const int thread = threadIdx.x - team * Shape::kTeamThreads, lane = thread % 32;
-  const int n = n0 + thread / 32 * 16;
-  float bias[2] = {};
-  if (p.bias != nullptr) {
+struct Scaler {
+  float alpha, bias[2] = {};
+
+  __device__ inline Scaler(const WgmmaParams& p, int n)
+      : alpha(p.alpha * Consumer<T, Shape>::Maker::kUnit) {
+    if (p.bias == nullptr) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (n + 8 * r < p.n) bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + lane / 4];
+      if (n + 8 * r < p.n)
+        bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + threadIdx.x % 32 / 4];
   }
-  const float alpha = p.alpha * Consumer<T, Shape>::Maker::kUnit;
-  const uint32_t own = shared + thread * 16, inbox = own + Shape::kInboxOffset;
-  ptx::NamedBarrier(2, Shape::kConsumers);        // S4
-  if constexpr (kSplitK > 1) ptx::ClusterWait();  // S5
+
+  __device__ inline void Keep() { Hold<true>(alpha), Hold<true>(bias[0]), Hold<true>(bias[1]); }
+
+  // Of a fragment of accumulators.
+  __device__ inline float Scale(float v, int i) const { return fmaf(alpha, v, bias[i / 2 % 2]); }
+};
+
+template <typename T>
+__device__ inline uint32_t RoundPair(float lo, float hi) {
+  const T pair[2] = {static_cast<T>(lo), static_cast<T>(hi)};
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Stores fragments of eight tokens by a warp's 16 rows, kTokens tokens apart and before `end`.
+template <typename Out, int kTokens>
+class FragmentStore {
+ public:
+  __device__ inline FragmentStore(const WgmmaParams& p, int m, int end, int n) {
+    const int lane = threadIdx.x % 32;
+    m += kPairs ? lane / 4 : lane % 4 * 2;
+    n += kPairs ? lane % 2 * 8 + (lane & 2) * 2 : lane / 4;
+    out_ = static_cast<Out*>(p.out) + static_cast<int64_t>(m) * p.n + n;
+    token_bytes_ = static_cast<int64_t>(p.n) * sizeof(Out);
+    rows_left_ = p.n - n;
+    tokens_left_ = rows_left_ > 0 ? end - m : 0;
+  }
+
+  template <int kCount>
+  __device__ inline void Store(const float (&v)[kCount][4]) {
+    if constexpr (kPairs) {
+      // Transposed, a lane holds two values of either eight rows, of token lane / 4. Neighbours
+      // swap one, so that each has four of one eight.
+      uint32_t half[kCount][2];
 #pragma unroll
-  for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
-    const int owner = chunk / Shape::kSliceChunks;
-    const int place = chunk % Shape::kSliceChunks * Shape::kChunkBytes;
-    const float* v = &acc[4 * chunk];
-    if (owner == rank) {
-      ptx::StoreShared(own + team * Shape::kSliceBytes + place, v[0], v[1], v[2], v[3]);
+      for (int i = 0; i < 2 * kCount; ++i)
+        half[i / 2][i % 2] =
+            ptx::Transpose8x8(RoundPair<Out>(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]));
+      const bool odd = threadIdx.x % 2 == 1;
+      uint2 four[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? half[i][0] : half[i][1], 1);
+        four[i] = odd ? make_uint2(other, half[i][1]) : make_uint2(half[i][0], other);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (i * kTokens < tokens_left_) *reinterpret_cast<uint2*>(At(i * kTokens)) = four[i];
     } else {
-      const uint32_t to =
-          inbox + (rank - (rank > owner)) * Shape::kRankBytes + team * Shape::kSliceBytes + place;
-      ptx::StoreAsync(ptx::MapShared(to, owner), ptx::MapShared(Shape::Received(shared), owner),
-                      v[0], v[1], v[2], v[3]);
-    }
-  }
-  if constexpr (Shape::kTeams > 1) ptx::NamedBarrier(2, Shape::kConsumers);  // S4
-  const int chunks = Shape::ChunksOf(rank);
-  if (kSplitK > 1 && chunks > 0) ptx::MbarrierWaitCluster(Shape::Received(shared), 0);  // S6
-#pragma unroll(Shape::kTileM >= 128 ? 4 : 2)
-  for (int i = team; i < chunks; i += Shape::kTeams) {
-    float v[4];
 #pragma unroll
-    for (int source = 0; source < kSplitK * Shape::kTeams; ++source) {
-      const int from_rank = source / Shape::kTeams, from_team = source % Shape::kTeams;
-      const uint32_t from =
-          from_rank == rank ? own : inbox + (from_rank - (from_rank > rank)) * Shape::kRankBytes;
-      const uint4 bits =
-          ptx::LoadShared128(from + from_team * Shape::kSliceBytes + i * Shape::kChunkBytes);
-      const float4 w = reinterpret_cast<const float4&>(bits);
-      v[0] = source == 0 ? w.x : v[0] + w.x;
-      v[1] = source == 0 ? w.y : v[1] + w.y;
-      v[2] = source == 0 ? w.z : v[2] + w.z;
-      v[3] = source == 0 ? w.w : v[3] + w.w;
+      for (int i = 0; i < 4 * kCount; ++i) {
+        const int token = i / 4 * kTokens + i % 2, row = i / 2 % 2 * 8;
+        if (token < tokens_left_ && row < rows_left_) At(token)[row] = v[i / 4][i % 4];
+      }
     }
-    StoreChunk<T>(p, alpha, m0 + 8 * (rank * Shape::kSliceChunks + i), n, v, bias);
+    out_ = At(kCount * kTokens);
+    tokens_left_ -= kCount * kTokens;
+  }
+
+  __device__ inline void Keep() {
+    Hold<true>(out_), Hold<true>(token_bytes_), Hold<true>(tokens_left_);
+  }
+
+ private:
+  static constexpr bool kPairs = sizeof(Out) == 2;
+
+  __device__ inline Out* At(int token) const {
+    return reinterpret_cast<Out*>(reinterpret_cast<char*>(out_) + token * token_bytes_);
+  }
+
+  Out* out_;
+  int64_t token_bytes_;
+  int tokens_left_, rows_left_;
+};
+
+// A thread's sums: of each owner's slice, the chunks that its team sums.
+template <typename Shape>
+using Sums = float[Shape::kOwners][Shape::kTeamChunks][4];
+
+// Of two teams each gives the other what that one sums.
+template <typename Shape>
+__device__ inline void SumTeams(const float (&acc)[Shape::kTileM / 2], uint32_t shared,
+                                const Place& place, Sums<Shape>& sums) {
+  constexpr int kCount = Shape::kOwners * Shape::kTeamChunks;
+  static_assert(Shape::kTeams == 2 && sizeof(sums) == kCount * 16);
+  const bool second = place.team == 1;
+  const uint32_t at = shared + place.thread * 16;
+  const uint32_t mine = at + place.team * kCount * Shape::kChunkBytes;
+  const uint32_t others = at + (1 - place.team) * kCount * Shape::kChunkBytes;
+  ptx::NamedBarrier(2, Shape::kConsumers);  // S4
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int chunk = i / Shape::kTeamChunks * Shape::kSliceChunks + i % Shape::kTeamChunks * 2;
+    const float* even = &acc[min(4 * chunk, Shape::kTileM / 2 - 4)];
+    const float* odd = &acc[min(4 * chunk + 4, Shape::kTileM / 2 - 4)];
+    float (&own)[4] = sums[i / Shape::kTeamChunks][i % Shape::kTeamChunks];
+    float given[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      own[q] = second ? odd[q] : even[q];
+      given[q] = second ? even[q] : odd[q];
+    }
+    ptx::StoreShared(others + i * Shape::kChunkBytes, given[0], given[1], given[2], given[3]);
+  }
+  ptx::NamedBarrier(2, Shape::kConsumers);  // S4
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint4 bits = ptx::LoadShared128(mine + i * Shape::kChunkBytes);
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+      sums[i / Shape::kTeamChunks][i % Shape::kTeamChunks][q] +=
+          reinterpret_cast<const float*>(&bits)[q];
   }
 }
 
-// Token tiles are walked in panels of kPanelM, so that the tiles in flight share both operands in
-// L2.
-__device__ inline void TileOf(const WgmmaParams& p, uint32_t tile, int* tile_n, int* tile_m) {
-  constexpr uint32_t kPanelM = 8;
-  *tile_n = tile;
-  *tile_m = 0;
-  if (p.tiles_m == 1) return;
-  const uint32_t per_panel = kPanelM * p.tiles_n;  // N < 2^30: below 2^28
-  const uint32_t panel = tile / per_panel, inside = tile % per_panel;
-  const uint32_t width = min(kPanelM, p.tiles_m - panel * kPanelM);
-  *tile_m = panel * kPanelM + inside % width;
-  *tile_n = inside / width;
+// Adds up what the cluster's CTAs have of this one's slice, in the order of ranks; false: it has
+// none.
+template <typename Shape>
+__device__ inline bool SumRanks(const Sums<Shape>& sums, uint32_t shared, int rank,
+                                const Place& place, float (&total)[Shape::kTeamChunks][4]) {
+  constexpr int kSplitK = Shape::kSplitK, kStep = Shape::kTeams * Shape::kChunkBytes;
+  const uint32_t inbox =
+      shared + Shape::kInboxOffset + place.team * Shape::kChunkBytes + place.thread * 16;
+  const uint32_t received = Shape::Received(shared);
+#pragma unroll
+  for (int owner = 0; owner < Shape::kOwners; ++owner) {
+    if (owner == rank) continue;
+    const uint32_t to = ptx::MapShared(inbox + (rank - (rank > owner)) * Shape::kRankBytes, owner);
+    const uint32_t barrier = ptx::MapShared(received, owner);
+#pragma unroll
+    for (int i = 0; i < Shape::kTeamChunks; ++i) {
+      // A slice's last chunks may be missing.
+      const int chunk = i * Shape::kTeams + place.team, last = (i + 1) * Shape::kTeams - 1;
+      const int left = min(Shape::kSliceChunks, Shape::kChunks - owner * Shape::kSliceChunks);
+      const float* v = sums[owner][i];
+      if (last < left || chunk < left)
+        ptx::StoreAsync(to + i * kStep, barrier, v[0], v[1], v[2], v[3]);
+    }
+  }
+  if (rank >= Shape::kOwners) return false;
+  ptx::MbarrierWaitCluster(received, 0);  // S6
+#pragma unroll
+  for (int i = 0; i < Shape::kTeamChunks; ++i) {
+    float terms[kSplitK][4];  // the inbox's, and room for one more
+#pragma unroll
+    for (int r = 0; r < kSplitK - 1; ++r) {
+      const uint4 bits = ptx::LoadShared128(inbox + r * Shape::kRankBytes + i * kStep);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) terms[r][q] = reinterpret_cast<const float*>(&bits)[q];
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      float own = sums[0][i][q];
+#pragma unroll
+      for (int owner = 1; owner < Shape::kOwners; ++owner)
+        own = rank == owner ? sums[owner][i][q] : own;
+      if constexpr (kSplitK == 2) {
+        total[i][q] = own + terms[0][q];
+      } else {
+#pragma unroll
+        for (int r = kSplitK - 1; r > 0; --r)
+          terms[r][q] = r == rank ? own : r > rank ? terms[r - 1][q] : terms[r][q];
+        total[i][q] = rank == 0 ? own : terms[0][q];
+#pragma unroll
+        for (int r = 1; r < kSplitK; ++r) total[i][q] += terms[r][q];
+      }
+    }
+  }
+  return true;
 }
+
+// What becomes of a consumer thread's sums: to `out`, by way of the inboxes if kSplitK > 1.
+template <typename T, typename Shape>
+class FinishFragments {
+ public:
+  __device__ inline FinishFragments(const WgmmaParams& p, uint32_t shared, int rank,
+                                    const Place& place)
+      : shared_(shared),
+        rank_(rank),
+        place_(place),
+        first_(place.m0 + 8 * rank * Shape::kSliceChunks),
+        end_(min(p.m, first_ + 8 * Shape::ChunksOf(rank))),
+        scaler_(p, place.Row()),
+        store_(p, first_ + 8 * place.team, end_, place.Row()) {}
+
+  // Finds all that is found here at once.
+  __device__ inline void Keep() {
+    Hold<true>(place_.thread), Hold<true>(place_.n0), Hold<true>(first_), Hold<true>(end_);
+    scaler_.Keep(), store_.Keep();
+  }
+
+  __device__ inline void operator()(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2]) {
+    Sums<Shape> sums;
+    if constexpr (Shape::kTeams > 1) {
+      SumTeams<Shape>(acc, shared_, place_, sums);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Shape::kOwners * kCount * 4; ++i)
+        sums[i / 4 / kCount][i / 4 % kCount][i % 4] = i < Shape::kTileM / 2 ? acc[i] : 0.0f;
+    }
+    float total[kCount][4];
+    if constexpr (Shape::kSplitK > 1) {
+      if (!SumRanks<Shape>(sums, shared_, rank_, place_, total)) return;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4 * kCount; ++i) total[i / 4][i % 4] = sums[0][i / 4][i % 4];
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kCount; ++i)
+      total[i / 4][i % 4] = scaler_.Scale(total[i / 4][i % 4], i);
+    if (p.out_is_f32) {
+      FragmentStore<float, kTokens> store(p, first_ + 8 * place_.team, end_, place_.Row());
+      Store(store, total);
+    } else {
+      Store(store_, total);
+    }
+  }
+
+ private:
+  static constexpr int kTokens = 8 * Shape::kTeams, kCount = Shape::kTeamChunks;
+
+  template <typename Fragments>
+  __device__ static inline void Store(Fragments& to, const float (&total)[kCount][4]) {
+    // With some on their way at a time less is waited for.
+    constexpr int kAbreast = kCount % 4 == 0 ? 4 : kCount % 3 == 0 ? 3 : kCount % 2 == 0 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < kCount; i += kAbreast)
+      to.Store(reinterpret_cast<const float (&)[kAbreast][4]>(total[i]));
+  }
+
+  uint32_t shared_;
+  int rank_;
+  Place place_;
+  int first_, end_;  // tokens that this rank finishes
+  Scaler<T, Shape> scaler_;
+  FragmentStore<T, kTokens> store_;
+};
+
+// The same of a CTA that has all sums, to 16-bit `out`: rounded, as rows of tokens, by way of the
+// stages (S4), so that a warp's stores lie together.
+template <typename T, typename Shape>
+class FinishRows {
+ public:
+  __device__ inline FinishRows(const WgmmaParams& p, uint32_t shared, int, const Place& place)
+      : place_(place), scaler_(p, place.Row()) {
+    const int lane = place.thread % 32, token = place.thread / kPieces;
+    const int piece = place.thread % kPieces, n = place.n0 + piece * 8;
+    // By the lane's matrix: the first or second eight of rows, of one or the next eight tokens.
+    to_ = shared + (lane / 16 * 8 + lane % 8) * kRowBytes +
+          (place.thread / 32 * 16 + lane / 8 % 2 * 8) * 2;
+    from_ = shared + token * kRowBytes + piece * 16;
+    tokens_left_ = n < p.n ? min(p.m - place.m0, Shape::kTileM) - token : 0;
+    out_ = static_cast<char*>(p.out) + (static_cast<int64_t>(place.m0 + token) * p.n + n) * 2;
+    pass_bytes_ = int64_t{p.n} * (2 * kPass);
+  }
+
+  __device__ inline void Keep() {
+    Hold<true>(place_.thread), Hold<true>(place_.n0), Hold<true>(place_.m0);
+    Hold<true>(to_), Hold<true>(from_), Hold<true>(tokens_left_);
+    Hold<true>(out_), Hold<true>(pass_bytes_);
+    scaler_.Keep();
+  }
+
+  __device__ inline void operator()(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2]) {
+    if (p.out_is_f32) return FinishFragments<T, Shape>(p, 0, 0, place_)(p, acc);
+    ptx::NamedBarrier(2, Shape::kConsumers);  // S4
+#pragma unroll
+    for (int chunk = 0; chunk < Shape::kChunks; chunk += 2) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* v = &acc[min(4 * chunk + 2 * i, Shape::kTileM / 2 - 2)];
+        pairs[i] = RoundPair<T>(scaler_.Scale(v[0], 2 * i), scaler_.Scale(v[1], 2 * i));
+      }
+      ptx::StoreMatrix4Transposed(to_ + chunk * 8 * kRowBytes, pairs[0], pairs[1], pairs[2],
+                                  pairs[3]);
+    }
+    ptx::NamedBarrier(2, Shape::kConsumers);
+#pragma unroll 1
+    for (int i = 0; i < kPasses; i += kAbreast) {
+      uint4 rows[kAbreast];
+#pragma unroll
+      for (int j = 0; j < kAbreast; ++j)
+        rows[j] = ptx::LoadShared128(from_ + (i + j) * kPass * kRowBytes);
+#pragma unroll
+      for (int j = 0; j < kAbreast; ++j)
+        if ((i + j) * kPass < tokens_left_)
+          *reinterpret_cast<uint4*>(out_ + (i + j) * pass_bytes_) = rows[j];
+    }
+  }
+
+ private:
+  static constexpr int kRowBytes = Shape::kTileN * 2 + 16;  // eight tokens in different banks
+  // Of 16 bytes: a pass takes those of 16 tokens.
+  static constexpr int kPieces = Shape::kTileN / 8, kPass = Shape::kConsumers / kPieces;
+  static constexpr int kPasses = (Shape::kTileM + kPass - 1) / kPass;
+  static constexpr int kAbreast = kPasses % 4 == 0   ? 4
+                                  : kPasses % 3 == 0 ? 3
+                                  : kPasses % 2 == 0 ? 2
+                                                     : 1;
+  static_assert(kPasses * kPass * kRowBytes <= Shape::kPipelineBytes && kPass == 16);
+
+  Place place_;
+  Scaler<T, Shape> scaler_;
+  uint32_t to_, from_;
+  int tokens_left_;
+  char* out_;
+  int64_t pass_bytes_;
+};
 
 // The work of a CTA: rows n0 .. of the expert's weight times tokens m0 .. , which `find` tells it.
 template <typename T, typename Shape, typename Find>
@@ -634,49 +892,35 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int rank = blockIdx.x % Shape::kSplitK;
   constexpr int kProducerWarp = Shape::kConsumers / 32, kTeamWarps = Shape::kTeamThreads / 32;
-  if (warp == kProducerWarp) {
-    const bool elected = ptx::ElectOne();
-    if (elected) {
-      ptx::PrefetchTensorMap(&maps.codes);
-      ptx::PrefetchTensorMap(&maps.x);
-      for (int i = 0; i < Shape::kStages; ++i) {
-        ptx::MbarrierInit(Shape::Full(shared, i), Shape::kProducers);
-        ptx::MbarrierInit(Shape::Empty(shared, i), kTeamWarps * Shape::kReleasingLanes);
-      }
-      ptx::MbarrierInit(Shape::Received(shared), 1);
-      ptx::FenceMbarrierInit();
-    }
-    __syncwarp();  // for racecheck too, which blames the warp's last lane for the initialisation
-    if (elected && Shape::kSplitK > 1 && Shape::ChunksOf(rank) > 0)
-      ptx::MbarrierArriveExpectTx(
-          Shape::Received(shared),
-          (Shape::kSplitK - 1) * Shape::kTeams * Shape::ChunksOf(rank) * Shape::kChunkBytes);
-  }
-  if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
-  constexpr int kProducers = Shape::kProducers, kReaders = Shape::kConsumers + 32 * kProducers;
-  // The first producer starts at once; the others wait for its barriers.
-  if (warp == kProducerWarp)
-    ptx::NamedBarrierArrive(1, kReaders);  // S7
-  else if (warp < kProducerWarp + (kProducers > 1 ? kProducers : 0))
-    ptx::NamedBarrier(1, kReaders);  // S7
-
-  int n0, m0;
-  const int blocks_k = static_cast<int>(CeilDiv(p.k, kBlockK));
-  const int64_t chunks = CeilDiv(blocks_k, Shape::kBlocks);
+  constexpr int kProducers = Shape::kProducers;
+  const uint32_t blocks_k = (static_cast<uint32_t>(p.k) + kBlockK - 1) / kBlockK;
+  const uint32_t chunks = (blocks_k + Shape::kBlocks - 1) / Shape::kBlocks;  // less than 2^24
   const int begin = static_cast<int>(chunks * rank / Shape::kSplitK);
   const int end = static_cast<int>(chunks * (rank + 1) / Shape::kSplitK);
-  // Runs of 2^scale_shift x 32 codes, aligned to their length, lie in one group.
   constexpr int kMaxShift = Shape::kBlocks == 2 ? 2 : 1;
-  const int scale_shift = p.groups == 1 ? kMaxShift : min(kMaxShift, __ffs(p.group_size / 32) - 1);
+  const int run_shift = min(p.run_shift, kMaxShift);
 
   if (warp >= kProducerWarp) {
-    if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
+    int n0, m0;
     find(&n0, &m0);
+    if (warp == kProducerWarp) {
+      if (ptx::ElectOne()) {
+#pragma unroll
+        for (int i = 0; i < Shape::kStages; ++i) {
+          ptx::MbarrierInit(Shape::Full(shared, i), kProducers);
+          ptx::MbarrierInit(Shape::Empty(shared, i), kTeamWarps * Shape::kReleasingLanes);
+        }
+        ptx::MbarrierInit(Shape::Received(shared), 1);
+        ptx::FenceMbarrierInit();
+      }
+      __syncwarp();  // for racecheck too, which blames the warp's last lane for the initialisation
+    }
+    if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
+    if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
     const auto produce = [&]<bool kCodes, bool kX, bool kScales>() {
-      if (!ptx::ElectOne()) return;
       const auto run = [&]<bool kBoxes>() {
         ProduceStages<T, Shape, kCodes, kX, kScales, kBoxes>(maps, p, shared, begin, end, expert,
-                                                             n0, m0, scale_shift);
+                                                             n0, m0, run_shift);
       };
       if constexpr (kScales && Shape::kHasScaleBoxes) {
         if (p.scales_in_boxes) return run.template operator()<true>();
@@ -693,47 +937,76 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
       __syncwarp();
       ptx::ClusterWait();  // S5
     }
-  } else {
-    if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
-    const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
-    const int block_row = warp - team * kTeamWarps;
-    Consumer<T, Shape> consumer{
-        .shared = shared,
-        .x =
-            ptx::Opaque(static_cast<uint32_t>(ptx::DescriptorSwizzle128(shared + Shape::kXOffset))),
-        .codes = shared + Shape::kCodeOffset + block_row * kBlockBytes + lane * 16,
-        .scales = shared + Shape::kScaleOffset + (16 * block_row + lane / 4) * 2,
-        .releases = lane < Shape::kReleasingLanes,
-        .first_slot = team,
-    };
-    const int blocks = min(end * Shape::kBlocks, blocks_k) - min(begin * Shape::kBlocks, blocks_k);
+    return;
+  }
+
+  if constexpr (Shape::kSplitK > 1) ptx::ClusterArriveRelaxed();  // S5
+  if constexpr (Shape::kReallocate) ptx::TakeRegisters<Shape::kConsumerRegisters>();
+  ptx::NamedBarrier(1, Shape::kReaders);  // S7
+
+  if constexpr (Shape::kSplitK > 1) {
+    if (threadIdx.x == 0 && Shape::ChunksOf(rank) > 0)
+      ptx::MbarrierArriveExpectTx(
+          Shape::Received(shared),
+          (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
+    __syncwarp();
+    ptx::ClusterWait();  // S5
+  }
+  const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
+  const int block_row = warp - team * kTeamWarps;
+  Consumer<T, Shape> consumer{
+      .shared = shared,
+      .x = ptx::Opaque(static_cast<uint32_t>(ptx::DescriptorSwizzle128(shared + Shape::kXOffset))),
+      .codes = shared + Shape::kCodeOffset + block_row * kBlockBytes + lane * 16,
+      .scales = shared + Shape::kScaleOffset + (16 * block_row + lane / 4) * 2,
+      .releases = lane < Shape::kReleasingLanes,
+      .first_slot = team,
+  };
+  const auto consume = [&] {
+    const int blocks = min(end * Shape::kBlocks, static_cast<int>(blocks_k)) -
+                       min(begin * Shape::kBlocks, static_cast<int>(blocks_k));
     if constexpr (Shape::kFolds) {
-      if (scale_shift == 2)
+      if (run_shift == 2)
         consumer.template RunFolded<4>(blocks);
       else
         consumer.template RunFolded<2>(blocks);
     } else {
-      if (scale_shift == 0)
+      if (run_shift == 0)
         consumer.template Run<1>(blocks);
-      else if (scale_shift == 1)
+      else if (run_shift == 1)
         consumer.template Run<2>(blocks);
       else if constexpr (kMaxShift == 2)
         consumer.template Run<4>(blocks);
     }
-    find(&n0, &m0);  // here, where registers are free again
-    FinishTile<T, Shape>(p, consumer.acc, shared, rank, n0, m0);
+  };
+  constexpr bool kRows = Shape::kSplitK == 1 && Shape::kTeams == 1;
+  using Finish = std::conditional_t<kRows, FinishRows<T, Shape>, FinishFragments<T, Shape>>;
+  const auto find_finish = [&] {
+    Place place{.thread = static_cast<int>(threadIdx.x) - team * Shape::kTeamThreads, .team = team};
+    find(&place.n0, &place.m0);
+    return Finish(p, shared, rank, place);
+  };
+  if constexpr (Shape::kFindsEarly) {
+    Finish finish = find_finish();
+    finish.Keep();
+    consume();
+    finish(p, consumer.acc);
+  } else {
+    consume();
+    find_finish()(p, consumer.acc);  // registers are free again
   }
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
-    GemmWgmma(const __grid_constant__ WgmmaMaps maps, const __grid_constant__ WgmmaParams p) {
+__global__ void __cluster_dims__(Shape::kSplitK, 1, 1)
+    __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
+        GemmWgmma(const __grid_constant__ WgmmaMaps maps, const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   GemmTile<T, Shape>(maps, p, 0, [&](int* n0, int* m0) {
     int tile_n, tile_m;
-    TileOf(p, blockIdx.x / Shape::kSplitK, &tile_n, &tile_m);
+    p.panels.Find(blockIdx.x / Shape::kSplitK, &tile_m, &tile_n);
     *n0 = tile_n * Shape::kTileN;
     *m0 = tile_m * Shape::kTileM;
   });

@@ -5,8 +5,22 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace w4a16 {
+
+// Has the compiler hold a value in a register instead of deriving it again wherever it is used.
+template <bool kWanted, typename V>
+__device__ __forceinline__ void Hold(V& v) {
+  if constexpr (!kWanted) return;
+  if constexpr (std::is_same_v<V, float>) {
+    asm volatile("" : "+f"(v));
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile("" : "+l"(v));
+  } else {
+    asm volatile("" : "+r"(v));
+  }
+}
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

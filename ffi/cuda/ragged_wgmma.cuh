@@ -19,7 +19,8 @@ struct RaggedWgmmaKernel {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
+__global__ void __cluster_dims__(Shape::kSplitK, 1, 1) __launch_bounds__(Shape::kThreads,
+                                                                         Shape::kCtasPerSm)
     RaggedWgmma(const __grid_constant__ WgmmaMaps maps, const __grid_constant__ WgmmaParams params,
                 const __grid_constant__ ExpertParams e) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   if (!FindExpertTile<Shape::kTileM>(e, p.m, blockIdx.x / Shape::kSplitK, &tile)) return;
   p.m = tile.end;
   if (tile.expert == e.experts) p.k = 0;
-  p.tiles_m = tile.tiles_m;
+  p.weight_policy = WeightPolicy(tile.tiles_m);
   GemmTile<T, Shape>(maps, p, tile.expert, [&](int* n0, int* m0) {
     *n0 = tile.index / tile.tiles_m * Shape::kTileN;
     *m0 = tile.first + tile.index % tile.tiles_m * Shape::kTileM;
