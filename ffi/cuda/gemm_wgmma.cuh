@@ -27,9 +27,9 @@
 //   runs through all of K.
 //
 //   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
-//   tile's tokens each, out of the float32 sums that they send one another, added in the order of
-//   ranks and their teams. Every element is summed and written by one thread, so its bits do not
-//   depend on timing.
+//   tile's tokens each, out of the float32 sums that they send one another, those of a rank's teams
+//   added up, in the order of ranks. Every element is summed and written by one thread, so its bits
+//   do not depend on timing.
 //
 // Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
 // A has been read, that is, until the wgmma before it is done; and one of n tokens takes n / 4 + 4
@@ -41,11 +41,17 @@
 // Leaving out code - zero in favour of sums of x would save 14 of them, but the wgmma that adds
 // these and the warps that form them cost as much. Two tiles of rows a warpgroup: 2% less. With one
 // or two warpgroups an SM it is latency that counts, and teams do better with four wgmmas at once.
-// Small problems are bound by what comes before and after the loop: a release at the cluster's
-// scope waits for all that the thread has in flight, hence st.async; instructions fetched for the
-// first time cost more than those that unrolling saves, hence loops. ptxas serialises wgmmas where
-// sums are read after a wait in another iteration, or where one kernel holds both ways: hence a
-// drain for every group, and kernels of their own. x through L2 bounds tiles of 64 rows: with
+// Small problems are bound by what comes before and after the loop: at 4096 x 4096, 64 tokens,
+// 3,900 of a CTA's 9,400 cycles, of which the first stage takes 1,250 to come, and sums 450 from
+// CTA to CTA, be they few. So a release at the cluster's scope, which waits for all that the thread
+// has in flight, gives way to st.async; teams add up before they send; what the end needs is found
+// while the first stage is on its way, without divisions; whole rows are stored where a CTA has all
+// sums. That took 12% off there, 5% in the mean of eight sizes at 64 and 128 tokens, 2% at 32. The
+// end run once by an idle producer, so that its instructions are in the cache, gained nothing, and
+// codes asked of L2 before the barriers exist cost 2 to 7%. The same loop is up to 7% slower in
+// some builds than in others (192 x 64), for no reason that was found. ptxas serialises wgmmas
+// where sums are read after a wait in another iteration, or where one kernel holds both ways: hence
+// a drain for every group, and kernels of their own. x through L2 bounds tiles of 64 rows: with
 // copies alone, all SMs together draw 13 TB/s while they ask for the same x at the same time, but 9
 // where each starts elsewhere in K, and the kernel takes about as long as the latter. 128 CTAs in
 // clusters of four, one to an SM, take two waves. Copies alone of 64 x 64 tiles, one CTA an SM: 265
@@ -71,14 +77,14 @@
 //       W4A16_RACECHECK, every lane arrives for itself.
 //   S3  A registers: buffers of kBatch k16 steps. One is rewritten only after a wait that leaves in
 //       flight no more than the wgmmas that read the others.
-//   S4  What a rank keeps of its own sums overlays the stages. A consumer writes it once all
-//       consumers of the CTA have passed their last read (named barrier 2). It reads the sums of
-//       its own thread, or, where there are teams, of theirs once all have passed that barrier
-//       again.
+//   S4  What teams give each other, and rows of tokens, overlay the stages. A consumer writes there
+//       once all consumers of the CTA have passed their last read (named barrier 2), and reads
+//       what others wrote once all have passed that barrier again.
 //   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
 //       initialised its barriers. Inboxes overlay nothing.
 //   S6  received: completes when the sums of all other ranks have landed in the inbox (st.async
-//       counts its bytes there). Each CTA waits for it, so none exits while others write to it.
+//       counts its bytes there). Each CTA that has a slice waits for it, so none exits while others
+//       write to it.
 //   S7  Consumers and the other producers pass named barrier 1 first: the first producer's warp
 //       arrives there when it has initialised the mbarriers.
 #pragma once
@@ -89,41 +95,11 @@
 #include "dequant.cuh"
 #include "gemm_wgmma.h"
 #include "kernels.h"
-#include "panels.cuh"
 #include "ptx_sm90.cuh"
+#include "wgmma_finish.cuh"
+#include "wgmma_shape.cuh"
 
 namespace w4a16 {
-
-// In the order in which they are needed: producers begin with the first 64 bytes, a line of the
-// cache that they are read through.
-struct WgmmaParams {
-  int k;
-  Panels panels;
-  int run_shift;   // runs of 32 << run_shift codes, aligned to their length, lie in one group
-  int group_size;  // at most K rounded up to a multiple of 32
-  Divisor of_group;
-  uint64_t weight_policy;
-  int groups;
-  int n;
-  int x_rows;                         // of a box of x
-  bool x_in_blocks, scales_in_boxes;  // WgmmaMaps
-  bool out_is_f32;
-  const void* scales;
-  const void* zeros;
-  int m;
-  float alpha;
-  const void* bias;
-  void* out;
-};
-
-// x in boxes of x_rows tokens x 64 values, or of kBlocks of these, one after the other, if that
-// makes whole stages (K % 64 == 0, x_rows == kTileM); packed blocks in boxes of kTileN / 16 x
-// kBlocks; scales and zeros, unless bulk copies bring them row by row, in boxes of kTileN x as many
-// groups as a stage meets. What lies outside reads as zero. Codes, scales and zeros are those of
-// all experts, one after the other.
-struct WgmmaMaps {
-  CUtensorMap x, codes, scales, zeros;
-};
 
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
@@ -131,128 +107,6 @@ struct WgmmaKernel {
   int blocks;  // of 64 codes to a stage
   int threads;
   int shared_bytes;
-};
-
-template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_,
-          int kTeams_>
-struct WgmmaShape {
-  static constexpr bool kHasZeros = kHasZeros_;
-  static constexpr bool kFolds = kFolds_;  // scales sums, not weights (Consumer)
-  static constexpr int kTileN = kTileN_, kTileM = kTileM_, kStages = kStages_;
-  static constexpr int kSplitK = kSplitK_, kTeams = kTeams_;
-  static_assert(kTileN % 64 == 0 && kTileM % 8 == 0);
-  static_assert(kStages % kTeams == 0 && kStages >= 2 * kTeams);  // S2
-
-  static constexpr int kTeamThreads = 2 * kTileN;  // a warpgroup for every 64 rows
-  static constexpr int kConsumers = kTeams * kTeamThreads;
-
-  // k16 steps whose wgmmas a consumer starts together, from each of its buffers of A in turn.
-  static constexpr int kBatch = kFolds && kTeams > 1 ? 4 : 2, kBuffers = 2;
-  // Of a consumer thread: accumulators, A, addresses.
-  static constexpr int kRegisters =
-      (kFolds ? kTileM : kTileM / 2 + 24) + 4 * kBatch * kBuffers + 24;
-
-  // Registers are shared out per quarter of an SM, so a lone producer warp costs as much as four.
-  // If consumers need more than an even share, a producer warpgroup gives up its registers.
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int LaunchRegisters(int ctas) {
-    return 65536 / ctas / (kConsumers + 128) / 8 * 8;
-  }
-  static constexpr int ConsumerRegisters(int ctas) {
-    const int free = (LaunchRegisters(ctas) * (kConsumers + 128) - kProducerRegisters * 128) /
-                     kConsumers / 8 * 8;
-    return free < 240 ? free : 240;
-  }
-#if defined(W4A16_RACECHECK)
-  static constexpr int kReleasingLanes = 32;
-#else
-  static constexpr int kReleasingLanes = 1;
-#endif
-
-  // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
-  static constexpr int kBlocks = kTileM <= 64 ? 2 : 1;
-  static constexpr int kScaleRows = 2 * kBlocks;  // one for every 32 codes at most
-  static constexpr bool kHasScaleBoxes = HasScaleBoxes(kTileN);
-
-  static constexpr int kXBytes = kTileM * 128;                       // one block
-  static constexpr int kCodeBytes = kTileN / kBlockN * kBlockBytes;  // one block
-  static constexpr int kRowBytes = kTileN * 2;                       // one row of scales
-  static constexpr int kXOffset = 0;
-  static constexpr int kCodeOffset = kXOffset + kStages * kBlocks * kXBytes;
-  static constexpr int kScaleOffset = kCodeOffset + kStages * kBlocks * kCodeBytes;
-  static constexpr int kZeroOffset = kScaleOffset + kStages * kScaleRows * kRowBytes;
-  static constexpr int kPipelineBytes =
-      kZeroOffset + (kHasZeros ? kStages * kScaleRows * kRowBytes : 0);
-
-  // Each rank of the cluster finishes a slice of the tile's chunks of eight tokens, of which each
-  // team sums every kTeams-th; the other ranks' sums of it come to its inbox.
-  static constexpr int kChunks = kTileM / 8;
-  static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
-  static constexpr int kOwners = (kChunks + kSliceChunks - 1) / kSliceChunks;  // of slices
-  static constexpr int kTeamChunks = (kSliceChunks + kTeams - 1) / kTeams;
-  static constexpr int kChunkBytes = kTeamThreads * 16;  // four sums a thread
-  static constexpr int kRankBytes = kTeamChunks * kTeams * kChunkBytes;
-  static constexpr int kInboxOffset = kPipelineBytes;
-  static_assert(kTeams == 1 || kOwners * kRankBytes <= kPipelineBytes);
-  __device__ static int ChunksOf(int rank) {
-    return max(0, min(kSliceChunks, kChunks - rank * kSliceChunks));
-  }
-
-  static constexpr int kBarrierOffset = kInboxOffset + (kSplitK - 1) * kRankBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 1) * 8;
-
-  __device__ static uint32_t Full(uint32_t shared, int slot) {
-    return shared + kBarrierOffset + 8 * slot;
-  }
-  __device__ static uint32_t Empty(uint32_t shared, int slot) {
-    return Full(shared, kStages + slot);
-  }
-  __device__ static uint32_t Received(uint32_t shared) { return Full(shared, 2 * kStages); }
-
-  static constexpr int kSharedPerSm = 227 * 1024, kReserved = 1024;
-  // Several CTAs of small tiles hide each other's start and end.
-  static constexpr bool Fits(int ctas, int producers) {
-    const int warps_per_quarter = (ctas * (kConsumers / 32 + producers) + 3) / 4;
-    return ctas * (kSharedBytes + kReserved) <= kSharedPerSm + kReserved &&
-           (ctas == 1 || (kFolds ? LaunchRegisters(ctas) >= kProducerRegisters &&
-                                       ConsumerRegisters(ctas) >= kRegisters
-                                 : warps_per_quarter * 32 * kRegisters <= 65536 / 4));
-  }
-  static constexpr int MostCtas(int ctas) {
-    return ctas == 0 || Fits(ctas, 1) ? ctas : MostCtas(ctas - 1);
-  }
-  static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
-  static constexpr int kRegisterCtas = kFolds ? kCtasPerSm : 1;
-  static constexpr bool kReallocate = LaunchRegisters(kRegisterCtas) < kRegisters;
-  static constexpr int kConsumerRegisters = ConsumerRegisters(kRegisterCtas);
-  // One warp starts copies of one kind faster than of all three. It pays (1 to 4%) where stages are
-  // taken quickly: by teams, or of one block of not too many tokens.
-  static constexpr bool kManyProducers =
-      kTeams > 1 || (kBlocks == 1 && kTileM <= 128 && !kReallocate);
-  static constexpr int kProducers = !kManyProducers                      ? 1
-                                    : kReallocate || Fits(kCtasPerSm, 3) ? 3
-                                    : Fits(kCtasPerSm, 2)                ? 2
-                                                                         : 1;
-  static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32 * kProducers);
-  static constexpr int kReaders = kConsumers + 32 * kProducers;  // of barriers
-
-  // Whether registers are left for what a consumer needs after its last product: it finds it while
-  // it waits for the first stage.
-  static constexpr bool kFindsEarly =
-      (kReallocate ? kConsumerRegisters : 65536 / kCtasPerSm / kThreads / 8 * 8) >= kRegisters + 24;
-};
-
-// The shape of a line of configs.inc. With zeros each team has a stage less if that keeps as many
-// CTAs on an SM as there are without.
-template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kStages, int kSplitK, int kTeams>
-struct ShapeOfLine {
-  template <bool kZeros, int kLess>
-  using Candidate =
-      WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess * kTeams, kSplitK, kTeams>;
-  static constexpr int kCtas = Candidate<false, 0>::kCtasPerSm;
-  static constexpr int kLess =
-      Candidate<kHasZeros, 0>::kCtasPerSm < kCtas && Candidate<kHasZeros, 1>::kCtasPerSm == kCtas;
-  using Type = Candidate<kHasZeros, kLess>;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -547,337 +401,6 @@ struct Consumer {
     WaitForAll();
     ptx::Settle(acc);
   }
-};
-
-// What a consumer thread finishes: where its warp's 16 rows begin, and how many tokens of the tile
-// there are from m0 on.
-struct Place {
-  int thread;  // of its team
-  int team;
-  int n0, m0;
-  __device__ inline int Row() const { return n0 + thread / 32 * 16; }
-};
-
-// alpha * sum + bias of the lane's two rows.
-template <typename T, typename Shape>
-struct Scaler {
-  float alpha, bias[2] = {};
-
-  __device__ inline Scaler(const WgmmaParams& p, int n)
-      : alpha(p.alpha * Consumer<T, Shape>::Maker::kUnit) {
-    if (p.bias == nullptr) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (n + 8 * r < p.n)
-        bias[r] = static_cast<const T*>(p.bias)[n + 8 * r + threadIdx.x % 32 / 4];
-  }
-
-  __device__ inline void Keep() { Hold<true>(alpha), Hold<true>(bias[0]), Hold<true>(bias[1]); }
-
-  // Of a fragment of accumulators.
-  __device__ inline float Scale(float v, int i) const { return fmaf(alpha, v, bias[i / 2 % 2]); }
-};
-
-template <typename T>
-__device__ inline uint32_t RoundPair(float lo, float hi) {
-  const T pair[2] = {static_cast<T>(lo), static_cast<T>(hi)};
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-// Stores fragments of eight tokens by a warp's 16 rows, kTokens tokens apart and before `end`.
-template <typename Out, int kTokens>
-class FragmentStore {
- public:
-  __device__ inline FragmentStore(const WgmmaParams& p, int m, int end, int n) {
-    const int lane = threadIdx.x % 32;
-    m += kPairs ? lane / 4 : lane % 4 * 2;
-    n += kPairs ? lane % 2 * 8 + (lane & 2) * 2 : lane / 4;
-    out_ = static_cast<Out*>(p.out) + static_cast<int64_t>(m) * p.n + n;
-    token_bytes_ = static_cast<int64_t>(p.n) * sizeof(Out);
-    rows_left_ = p.n - n;
-    tokens_left_ = rows_left_ > 0 ? end - m : 0;
-  }
-
-  template <int kCount>
-  __device__ inline void Store(const float (&v)[kCount][4]) {
-    if constexpr (kPairs) {
-      // Transposed, a lane holds two values of either eight rows, of token lane / 4. Neighbours
-      // swap one, so that each has four of one eight.
-      uint32_t half[kCount][2];
-#pragma unroll
-      for (int i = 0; i < 2 * kCount; ++i)
-        half[i / 2][i % 2] =
-            ptx::Transpose8x8(RoundPair<Out>(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]));
-      const bool odd = threadIdx.x % 2 == 1;
-      uint2 four[kCount];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? half[i][0] : half[i][1], 1);
-        four[i] = odd ? make_uint2(other, half[i][1]) : make_uint2(half[i][0], other);
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        if (i * kTokens < tokens_left_) *reinterpret_cast<uint2*>(At(i * kTokens)) = four[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4 * kCount; ++i) {
-        const int token = i / 4 * kTokens + i % 2, row = i / 2 % 2 * 8;
-        if (token < tokens_left_ && row < rows_left_) At(token)[row] = v[i / 4][i % 4];
-      }
-    }
-    out_ = At(kCount * kTokens);
-    tokens_left_ -= kCount * kTokens;
-  }
-
-  __device__ inline void Keep() {
-    Hold<true>(out_), Hold<true>(token_bytes_), Hold<true>(tokens_left_);
-  }
-
- private:
-  static constexpr bool kPairs = sizeof(Out) == 2;
-
-  __device__ inline Out* At(int token) const {
-    return reinterpret_cast<Out*>(reinterpret_cast<char*>(out_) + token * token_bytes_);
-  }
-
-  Out* out_;
-  int64_t token_bytes_;
-  int tokens_left_, rows_left_;
-};
-
-// A thread's sums: of each owner's slice, the chunks that its team sums.
-template <typename Shape>
-using Sums = float[Shape::kOwners][Shape::kTeamChunks][4];
-
-// Of two teams each gives the other what that one sums.
-template <typename Shape>
-__device__ inline void SumTeams(const float (&acc)[Shape::kTileM / 2], uint32_t shared,
-                                const Place& place, Sums<Shape>& sums) {
-  constexpr int kCount = Shape::kOwners * Shape::kTeamChunks;
-  static_assert(Shape::kTeams == 2 && sizeof(sums) == kCount * 16);
-  const bool second = place.team == 1;
-  const uint32_t at = shared + place.thread * 16;
-  const uint32_t mine = at + place.team * kCount * Shape::kChunkBytes;
-  const uint32_t others = at + (1 - place.team) * kCount * Shape::kChunkBytes;
-  ptx::NamedBarrier(2, Shape::kConsumers);  // S4
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int chunk = i / Shape::kTeamChunks * Shape::kSliceChunks + i % Shape::kTeamChunks * 2;
-    const float* even = &acc[min(4 * chunk, Shape::kTileM / 2 - 4)];
-    const float* odd = &acc[min(4 * chunk + 4, Shape::kTileM / 2 - 4)];
-    float (&own)[4] = sums[i / Shape::kTeamChunks][i % Shape::kTeamChunks];
-    float given[4];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      own[q] = second ? odd[q] : even[q];
-      given[q] = second ? even[q] : odd[q];
-    }
-    ptx::StoreShared(others + i * Shape::kChunkBytes, given[0], given[1], given[2], given[3]);
-  }
-  ptx::NamedBarrier(2, Shape::kConsumers);  // S4
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const uint4 bits = ptx::LoadShared128(mine + i * Shape::kChunkBytes);
-#pragma unroll
-    for (int q = 0; q < 4; ++q)
-      sums[i / Shape::kTeamChunks][i % Shape::kTeamChunks][q] +=
-          reinterpret_cast<const float*>(&bits)[q];
-  }
-}
-
-// Adds up what the cluster's CTAs have of this one's slice, in the order of ranks; false: it has
-// none.
-template <typename Shape>
-__device__ inline bool SumRanks(const Sums<Shape>& sums, uint32_t shared, int rank,
-                                const Place& place, float (&total)[Shape::kTeamChunks][4]) {
-  constexpr int kSplitK = Shape::kSplitK, kStep = Shape::kTeams * Shape::kChunkBytes;
-  const uint32_t inbox =
-      shared + Shape::kInboxOffset + place.team * Shape::kChunkBytes + place.thread * 16;
-  const uint32_t received = Shape::Received(shared);
-#pragma unroll
-  for (int owner = 0; owner < Shape::kOwners; ++owner) {
-    if (owner == rank) continue;
-    const uint32_t to = ptx::MapShared(inbox + (rank - (rank > owner)) * Shape::kRankBytes, owner);
-    const uint32_t barrier = ptx::MapShared(received, owner);
-#pragma unroll
-    for (int i = 0; i < Shape::kTeamChunks; ++i) {
-      // A slice's last chunks may be missing.
-      const int chunk = i * Shape::kTeams + place.team, last = (i + 1) * Shape::kTeams - 1;
-      const int left = min(Shape::kSliceChunks, Shape::kChunks - owner * Shape::kSliceChunks);
-      const float* v = sums[owner][i];
-      if (last < left || chunk < left)
-        ptx::StoreAsync(to + i * kStep, barrier, v[0], v[1], v[2], v[3]);
-    }
-  }
-  if (rank >= Shape::kOwners) return false;
-  ptx::MbarrierWaitCluster(received, 0);  // S6
-#pragma unroll
-  for (int i = 0; i < Shape::kTeamChunks; ++i) {
-    float terms[kSplitK][4];  // the inbox's, and room for one more
-#pragma unroll
-    for (int r = 0; r < kSplitK - 1; ++r) {
-      const uint4 bits = ptx::LoadShared128(inbox + r * Shape::kRankBytes + i * kStep);
-#pragma unroll
-      for (int q = 0; q < 4; ++q) terms[r][q] = reinterpret_cast<const float*>(&bits)[q];
-    }
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      float own = sums[0][i][q];
-#pragma unroll
-      for (int owner = 1; owner < Shape::kOwners; ++owner)
-        own = rank == owner ? sums[owner][i][q] : own;
-      if constexpr (kSplitK == 2) {
-        total[i][q] = own + terms[0][q];
-      } else {
-#pragma unroll
-        for (int r = kSplitK - 1; r > 0; --r)
-          terms[r][q] = r == rank ? own : r > rank ? terms[r - 1][q] : terms[r][q];
-        total[i][q] = rank == 0 ? own : terms[0][q];
-#pragma unroll
-        for (int r = 1; r < kSplitK; ++r) total[i][q] += terms[r][q];
-      }
-    }
-  }
-  return true;
-}
-
-// What becomes of a consumer thread's sums: to `out`, by way of the inboxes if kSplitK > 1.
-template <typename T, typename Shape>
-class FinishFragments {
- public:
-  __device__ inline FinishFragments(const WgmmaParams& p, uint32_t shared, int rank,
-                                    const Place& place)
-      : shared_(shared),
-        rank_(rank),
-        place_(place),
-        first_(place.m0 + 8 * rank * Shape::kSliceChunks),
-        end_(min(p.m, first_ + 8 * Shape::ChunksOf(rank))),
-        scaler_(p, place.Row()),
-        store_(p, first_ + 8 * place.team, end_, place.Row()) {}
-
-  // Finds all that is found here at once.
-  __device__ inline void Keep() {
-    Hold<true>(place_.thread), Hold<true>(place_.n0), Hold<true>(first_), Hold<true>(end_);
-    scaler_.Keep(), store_.Keep();
-  }
-
-  __device__ inline void operator()(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2]) {
-    Sums<Shape> sums;
-    if constexpr (Shape::kTeams > 1) {
-      SumTeams<Shape>(acc, shared_, place_, sums);
-    } else {
-#pragma unroll
-      for (int i = 0; i < Shape::kOwners * kCount * 4; ++i)
-        sums[i / 4 / kCount][i / 4 % kCount][i % 4] = i < Shape::kTileM / 2 ? acc[i] : 0.0f;
-    }
-    float total[kCount][4];
-    if constexpr (Shape::kSplitK > 1) {
-      if (!SumRanks<Shape>(sums, shared_, rank_, place_, total)) return;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4 * kCount; ++i) total[i / 4][i % 4] = sums[0][i / 4][i % 4];
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * kCount; ++i)
-      total[i / 4][i % 4] = scaler_.Scale(total[i / 4][i % 4], i);
-    if (p.out_is_f32) {
-      FragmentStore<float, kTokens> store(p, first_ + 8 * place_.team, end_, place_.Row());
-      Store(store, total);
-    } else {
-      Store(store_, total);
-    }
-  }
-
- private:
-  static constexpr int kTokens = 8 * Shape::kTeams, kCount = Shape::kTeamChunks;
-
-  template <typename Fragments>
-  __device__ static inline void Store(Fragments& to, const float (&total)[kCount][4]) {
-    // With some on their way at a time less is waited for.
-    constexpr int kAbreast = kCount % 4 == 0 ? 4 : kCount % 3 == 0 ? 3 : kCount % 2 == 0 ? 2 : 1;
-#pragma unroll
-    for (int i = 0; i < kCount; i += kAbreast)
-      to.Store(reinterpret_cast<const float (&)[kAbreast][4]>(total[i]));
-  }
-
-  uint32_t shared_;
-  int rank_;
-  Place place_;
-  int first_, end_;  // tokens that this rank finishes
-  Scaler<T, Shape> scaler_;
-  FragmentStore<T, kTokens> store_;
-};
-
-// The same of a CTA that has all sums, to 16-bit `out`: rounded, as rows of tokens, by way of the
-// stages (S4), so that a warp's stores lie together.
-template <typename T, typename Shape>
-class FinishRows {
- public:
-  __device__ inline FinishRows(const WgmmaParams& p, uint32_t shared, int, const Place& place)
-      : place_(place), scaler_(p, place.Row()) {
-    const int lane = place.thread % 32, token = place.thread / kPieces;
-    const int piece = place.thread % kPieces, n = place.n0 + piece * 8;
-    // By the lane's matrix: the first or second eight of rows, of one or the next eight tokens.
-    to_ = shared + (lane / 16 * 8 + lane % 8) * kRowBytes +
-          (place.thread / 32 * 16 + lane / 8 % 2 * 8) * 2;
-    from_ = shared + token * kRowBytes + piece * 16;
-    tokens_left_ = n < p.n ? min(p.m - place.m0, Shape::kTileM) - token : 0;
-    out_ = static_cast<char*>(p.out) + (static_cast<int64_t>(place.m0 + token) * p.n + n) * 2;
-    pass_bytes_ = int64_t{p.n} * (2 * kPass);
-  }
-
-  __device__ inline void Keep() {
-    Hold<true>(place_.thread), Hold<true>(place_.n0), Hold<true>(place_.m0);
-    Hold<true>(to_), Hold<true>(from_), Hold<true>(tokens_left_);
-    Hold<true>(out_), Hold<true>(pass_bytes_);
-    scaler_.Keep();
-  }
-
-  __device__ inline void operator()(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2]) {
-    if (p.out_is_f32) return FinishFragments<T, Shape>(p, 0, 0, place_)(p, acc);
-    ptx::NamedBarrier(2, Shape::kConsumers);  // S4
-#pragma unroll
-    for (int chunk = 0; chunk < Shape::kChunks; chunk += 2) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* v = &acc[min(4 * chunk + 2 * i, Shape::kTileM / 2 - 2)];
-        pairs[i] = RoundPair<T>(scaler_.Scale(v[0], 2 * i), scaler_.Scale(v[1], 2 * i));
-      }
-      ptx::StoreMatrix4Transposed(to_ + chunk * 8 * kRowBytes, pairs[0], pairs[1], pairs[2],
-                                  pairs[3]);
-    }
-    ptx::NamedBarrier(2, Shape::kConsumers);
-#pragma unroll 1
-    for (int i = 0; i < kPasses; i += kAbreast) {
-      uint4 rows[kAbreast];
-#pragma unroll
-      for (int j = 0; j < kAbreast; ++j)
-        rows[j] = ptx::LoadShared128(from_ + (i + j) * kPass * kRowBytes);
-#pragma unroll
-      for (int j = 0; j < kAbreast; ++j)
-        if ((i + j) * kPass < tokens_left_)
-          *reinterpret_cast<uint4*>(out_ + (i + j) * pass_bytes_) = rows[j];
-    }
-  }
-
- private:
-  static constexpr int kRowBytes = Shape::kTileN * 2 + 16;  // eight tokens in different banks
-  // Of 16 bytes: a pass takes those of 16 tokens.
-  static constexpr int kPieces = Shape::kTileN / 8, kPass = Shape::kConsumers / kPieces;
-  static constexpr int kPasses = (Shape::kTileM + kPass - 1) / kPass;
-  static constexpr int kAbreast = kPasses % 4 == 0   ? 4
-                                  : kPasses % 3 == 0 ? 3
-                                  : kPasses % 2 == 0 ? 2
-                                                     : 1;
-  static_assert(kPasses * kPass * kRowBytes <= Shape::kPipelineBytes && kPass == 16);
-
-  Place place_;
-  Scaler<T, Shape> scaler_;
-  uint32_t to_, from_;
-  int tokens_left_;
-  char* out_;
-  int64_t pass_bytes_;
 };
 
 // The work of a CTA: rows n0 .. of the expert's weight times tokens m0 .. , which `find` tells it.
