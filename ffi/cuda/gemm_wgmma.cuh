@@ -353,12 +353,14 @@ struct Consumer {
   __device__ inline void RunFolded(int blocks) {
     float sums[kTileM / 2];
     ptx::Undefined(sums);
+    const int stages = blocks / 2;
+    int stage = first_slot;
 #pragma unroll 1
-    for (blocks -= first_slot * kBlocks; blocks >= 2; blocks -= 2 * Shape::kTeams) {
+    for (; stage < stages; stage += Shape::kTeams) {
       FoldStage<kPart, 2>(sums);
       Advance();
     }
-    if (blocks > 0) FoldStage<kPart, 1>(sums);
+    if (blocks % 2 == 1 && stage == stages) FoldStage<kPart, 1>(sums);
   }
 
   // The first kCount blocks of the current stage. The previous one is released once its wgmmas are

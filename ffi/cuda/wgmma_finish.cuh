@@ -295,7 +295,7 @@ class FinishRows {
   }
 
   __device__ inline void operator()(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2]) {
-    if (p.out_is_f32) return FinishFragments<T, Shape>(p, 0, 0, place_)(p, acc);
+    if (p.out_is_f32) return StoreFloats(p, acc);
     ptx::NamedBarrier(2, Shape::kConsumers);  // S4
 #pragma unroll
     for (int chunk = 0; chunk < Shape::kChunks; chunk += 2) {
@@ -332,6 +332,17 @@ class FinishRows {
                                   : kPasses % 2 == 0 ? 2
                                                      : 1;
   static_assert(kPasses * kPass * kRowBytes <= Shape::kPipelineBytes && kPass == 16);
+
+  __device__ inline void StoreFloats(const WgmmaParams& p, const float (&acc)[Shape::kTileM / 2]) {
+    FragmentStore<float, 8> store(p, place_.m0, min(p.m, place_.m0 + Shape::kTileM), place_.Row());
+#pragma unroll
+    for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
+      float v[1][4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) v[0][q] = scaler_.Scale(acc[4 * chunk + q], q);
+      store.Store(v);
+    }
+  }
 
   Place place_;
   Scaler<T, Shape> scaler_;
