@@ -44,9 +44,10 @@
 // way, took 5% off (at M = 8 3%, of larger layers 1 to 3%). Its instructions come from memory too:
 // a branch for each of a warp's stores cost 0.5 us at M = 16, no code for quads that N cuts 0.3%,
 // and SwiGLU is 2% faster with one loop for the sums of gate and up and half a warp for a row's
-// factor (0.3 us of 28672 x 4096 at M = 1). To run the loop and the end once on nothing meanwhile,
-// so that they are in the cache, cost 3 to 10%. A bias loaded as the warps meet costs 0.5%; loaded
-// after that 2.5, at the start (and converted there) 5.
+// factor (0.3 us of 28672 x 4096 at M = 1). One address for a warp's sums and constants beyond it,
+// and their steps left to the sum of all warps, took 0.3% off, at M = 16 0.5 to 1. To run the loop
+// and the end once on nothing meanwhile, so that they are in the cache, cost 3 to 10%. A bias
+// loaded as the warps meet costs 0.5%; loaded after that 2.5, at the start (and converted there) 5.
 //
 // In a unit, what is neither a code nor a product counts at M = 16: to hold the lane and the other
 // stage's address (the compiler read special registers and parameters for them, which takes long),
@@ -236,17 +237,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   }
 
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
-  const uint32_t partial = ring_address + 4 * (lane / 4);
-#pragma unroll
-  for (int r = 0; r < kTileBlocks; ++r) {
-#pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        StoreShared(partial + 4 * ((8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8),
-                    acc[r][j][i] * (kAffine ? Dequantizer<T>::Step(i / 2) : ExactStep<T>(i / 2)));
-    }
-  }
+  StorePartial<kTileN, kTileM>(ring_address, lane, acc);
   if constexpr (kEpilogue == W4A16_SWIGLU) FindFactors(p, factors, m0, rows);
   if (kHoldMore && log2_split == 0) {
     Addends addends = {};  // of the first quad: on their way while the warps meet
@@ -258,8 +249,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
         if (quad.exists) addends = LoadAddends<T, kEpilogue, kWhole>(p, quad);
       }
       if (quad.exists)
-        Finish<T, kEpilogue, kWhole>(p, quad, p.warp_bytes, warps, addends,
-                                     factors + 4 * (idx >> kLog2Items));
+        Finish<T, kEpilogue, kWhole, kAffine>(p, quad, p.warp_bytes, warps, addends,
+                                              factors + 4 * (idx >> kLog2Items));
     }
     return;
   }
@@ -298,8 +289,9 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
                       .n = n,
                       .terms = terms + token * token_bytes + 16 * i,
                       .out = OutOf<kEpilogue>(p, m0 + token, n)};
-    Finish<T, kEpilogue, kWhole>(p, own, term_bytes, num_terms,
-                                 LoadAddends<T, kEpilogue, kWhole>(p, own), factors + 4 * token);
+    Finish<T, kEpilogue, kWhole, kAffine>(p, own, term_bytes, num_terms,
+                                          LoadAddends<T, kEpilogue, kWhole>(p, own),
+                                          factors + 4 * token);
   }
 }
 

@@ -97,34 +97,37 @@ __device__ __forceinline__ Addends LoadAddends(const DecodeParams& p, const Quad
     return {.bias = LoadBias<T>(p, quad.n, kWhole), .norm_scale = {}};
 }
 
-// Stores what the epilogue makes of a quad, the sum of `count` terms that are `stride` bytes apart;
-// `factor`: the row's, in shared memory.
-template <typename T, w4a16_epilogue kEpilogue, bool kWhole>
+// Stores what the epilogue makes of a quad, the sum of `count` terms that are `stride` bytes apart,
+// from affine codes or not; `factor`: the row's, in shared memory.
+template <typename T, w4a16_epilogue kEpilogue, bool kWhole, bool kAffine>
 __device__ __forceinline__ void Finish(const DecodeParams& p, const Quad& quad, int stride,
                                        int count, const Addends& addends, uint32_t factor) {
   float4 sums[kEpilogue == W4A16_SWIGLU ? 2 : 1];
   SumQuads(quad.terms, stride, count, sums);
   if constexpr (kEpilogue == W4A16_NO_EPILOGUE) {
-    StoreOut<T>(p, quad.out, quad.n, sums[0], addends.bias, kWhole);
+    StoreOut<T>(p, quad.out, quad.n, p.alpha * StepOf<T, kAffine>(quad.n), sums[0], addends.bias,
+                kWhole);
   } else if constexpr (kEpilogue == W4A16_SWIGLU) {
     const float alpha = p.alpha * LoadShared(factor);
+    const float of_gate = alpha * StepOf<T, kAffine>(0), of_up = alpha * StepOf<T, kAffine>(8);
     const float4 &gate = sums[0], &up = sums[1];
     const float g[4] = {gate.x, gate.y, gate.z, gate.w}, u[4] = {up.x, up.y, up.z, up.w};
     float v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float scaled = alpha * g[i];
-      v[i] = __fdividef(scaled, 1 + __expf(-scaled)) * (alpha * u[i]);
+      const float scaled = of_gate * g[i];
+      v[i] = __fdividef(scaled, 1 + __expf(-scaled)) * (of_up * u[i]);
     }
     StoreQuad(static_cast<T*>(p.out) + quad.out, v, 4, true);
   } else {
+    const float alpha = p.alpha * StepOf<T, kAffine>(quad.n);
     const float4& sum = sums[0];
     float v[4] = {sum.x, sum.y, sum.z, sum.w}, scaled[4], square = 0;
     const T *residual = reinterpret_cast<const T*>(&addends.bias),
             *norm_scale = reinterpret_cast<const T*>(&addends.norm_scale);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v[i] = ToFloat(FromFloat<T>(fmaf(p.alpha, v[i], ToFloat(residual[i]))));
+      v[i] = ToFloat(FromFloat<T>(fmaf(alpha, v[i], ToFloat(residual[i]))));
       scaled[i] = v[i] * ToFloat(norm_scale[i]);
       square = fmaf(v[i], v[i], square);
     }

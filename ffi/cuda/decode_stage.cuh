@@ -246,6 +246,33 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
   }
 }
 
+// Stores a warp's sums as its partial tile: a row of columns a token.
+template <int kTileN, int kTileM>
+__device__ __forceinline__ void StorePartial(uint32_t partial, uint32_t lane,
+                                             const float (&acc)[kTileN / 16][kTileM / 8][4]) {
+  constexpr int kStride = PartialStride(kTileN);
+  // All else is constant: with the lane in every address it took 30 instructions.
+  const uint32_t first = partial + 4 * (lane / 4 + lane % 4 * 2 * kStride);
+#pragma unroll
+  for (int r = 0; r < kTileN / 16; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTileM / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        StoreShared(first + 4 * ((8 * j + i % 2) * kStride + 16 * r + i / 2 * 8), acc[r][j][i]);
+    }
+  }
+}
+
+// What sums over column n, as MultiplyStage leaves them, are to be multiplied by.
+template <typename T, bool kAffine>
+__device__ __forceinline__ float StepOf(int n) {
+  using D = Dequantizer<T>;
+  const float first = kAffine ? D::Step(0) : ExactStep<T>(0);
+  const float second = kAffine ? D::Step(1) : ExactStep<T>(1);
+  return static_cast<uint32_t>(n) % kBlockN < kBlockN / 2 ? first : second;
+}
+
 __device__ __forceinline__ void Add(float4& a, const float4& b) {
   a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
 }
@@ -324,17 +351,17 @@ __device__ __forceinline__ uint2 LoadBias(const DecodeParams& p, int n, bool who
   return *reinterpret_cast<const uint2*>(values);
 }
 
-// out[at .. at + 3], which are columns n .. n + 3. `whole`: all of them are below N, a multiple
-// of 4.
+// out[at .. at + 3], which are columns n .. n + 3: alpha * sum + bias. `whole`: all of them are
+// below N, a multiple of 4.
 template <typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, int64_t at, int n, float4 sum,
-                                         uint2 bias, bool whole) {
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, int64_t at, int n, float alpha,
+                                         float4 sum, uint2 bias, bool whole) {
   const int left = whole ? 4 : p.n - n;
   const bool aligned = whole || p.n % 4 == 0;
   const T* values = reinterpret_cast<const T*>(&bias);
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = fmaf(p.alpha, v[i], ToFloat(values[i]));
+  for (int i = 0; i < 4; ++i) v[i] = fmaf(alpha, v[i], ToFloat(values[i]));
   if (p.out_float32) {
     StoreQuad(static_cast<float*>(p.out) + at, v, left, aligned);
   } else {

@@ -283,18 +283,8 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
 
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTokens, kZeros);
   constexpr int kStride = PartialStride(kTileN);
-  const uint32_t partial = partials + warp * params.partial_bytes + 4 * (lane / 4);
   __syncthreads();
-#pragma unroll
-  for (int r = 0; r < kTileBlocks; ++r) {
-#pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        StoreShared(partial + 4 * ((8 * j + lane % 4 * 2 + i % 2) * kStride + 16 * r + i / 2 * 8),
-                    acc[r][j][i] * (kAffine ? Dequantizer<T>::Step(i / 2) : ExactStep<T>(i / 2)));
-    }
-  }
+  StorePartial<kTileN, kTokens>(partials + warp * params.partial_bytes, lane, acc);
   __syncthreads();
   constexpr int kQuads = kTileN / 4, kLog2Quads = CeilLog2(kQuads);
   for (int idx = threadIdx.x; idx < rows << kLog2Quads; idx += blockDim.x) {
@@ -302,6 +292,7 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
     const int n = at.n0 + 4 * quad;
     if (quad < kQuads)
       StoreOut<T>(p, static_cast<int64_t>(at.m0 + token) * p.n + n, n,
+                  p.alpha * StepOf<T, kAffine>(n),
                   SumQuads(partials + token * 4 * kStride + 16 * quad, params.partial_bytes, warps),
                   {}, false);
   }

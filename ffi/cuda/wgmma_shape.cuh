@@ -146,7 +146,8 @@ struct WgmmaShape {
   // Whether registers are left for what a consumer needs after its last product: it finds it while
   // it waits for the first stage.
   static constexpr bool kFindsEarly =
-      (kReallocate ? kConsumerRegisters : 65536 / kCtasPerSm / kThreads / 8 * 8) >= kRegisters + 24;
+      (kReallocate ? kConsumerRegisters : 65536 / kCtasPerSm / kThreads / 8 * 8) >=
+      kRegisters + (kHasZeros ? 32 : 24);
 };
 
 // The shape of a line of configs.inc. With zeros each team has a stage less if that keeps as many
