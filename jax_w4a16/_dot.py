@@ -42,7 +42,7 @@ def dot(
       group_size: g, where qw is an array; default: what K and the number of groups imply, which must then
         divide K. -1: one group per column.
       bias: [N] of x's type, or None.
-      alpha: a number.
+      alpha: a number. Kernels for few tokens need one below 2^58 in bfloat16, 2^103 in float16.
       preferred_element_type: type of the result: x's (default) or float32.
       batch_invariant: sums run along K in one order whatever M is, so that a row's result is the same, to the
         bit, alone and in any batch. Costs time on a GPU at small M; CPU kernels always do so. A kernel's
