@@ -89,7 +89,7 @@ typedef struct {
   void* out;
   void* workspace; /* w4a16_workspace_bytes() bytes; contents do not matter */
   int64_t workspace_bytes;
-  float alpha; /* kernels for few tokens: below 2^58 in bfloat16, 2^103 in float16 */
+  float alpha;            /* kernels for few tokens: below 2^58 in bfloat16, 2^103 in float16 */
   const void* residual;   /* [M, N], NULL unless W4A16_ADD_NORM */
   const void* norm_scale; /* [N], likewise */
   void* scaled;           /* [M, N], likewise */
