@@ -10,12 +10,12 @@ namespace w4a16 {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// What a consumer thread finishes: where its warp's 16 rows begin, and how many tokens of the tile
-// there are from m0 on.
+// What a consumer thread is of: its place in a team, and the CTA's tile.
 struct Place {
   int thread;  // of its team
   int team;
   int n0, m0;
+  // The first of its warp's 16.
   __device__ inline int Row() const { return n0 + thread / 32 * 16; }
 };
 
