@@ -81,7 +81,9 @@
 //       once all consumers of the CTA have passed their last read (named barrier 2), and reads
 //       what others wrote once all have passed that barrier again.
 //   S5  A CTA sends to another only after the cluster barrier at which each arrives when it has
-//       initialised its barriers. Inboxes overlay nothing.
+//       initialised its barriers. Inboxes overlay nothing. racecheck lets no thread past the
+//       barrier until all of the cluster are at its wait, to which producers come after their last
+//       copy: built with W4A16_RACECHECK, consumers come to it after their last product.
 //   S6  received: completes when the sums of all other ranks have landed in the inbox (st.async
 //       counts its bytes there). Each CTA that has a slice waits for it, so none exits while others
 //       write to it.
@@ -475,7 +477,7 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
           Shape::Received(shared),
           (Shape::kSplitK - 1) * Shape::ChunksOf(rank) * Shape::kChunkBytes);
     __syncwarp();
-    ptx::ClusterWait();  // S5
+    if constexpr (!Shape::kMeetsLate) ptx::ClusterWait();  // S5
   }
   const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
   const int block_row = warp - team * kTeamWarps;
@@ -503,6 +505,7 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
       else if constexpr (kMaxShift == 2)
         consumer.template Run<4>(blocks);
     }
+    if constexpr (Shape::kSplitK > 1 && Shape::kMeetsLate) ptx::ClusterWait();  // S5
   };
   constexpr bool kRows = Shape::kSplitK == 1 && Shape::kTeams == 1;
   using Finish = std::conditional_t<kRows, FinishRows<T, Shape>, FinishFragments<T, Shape>>;

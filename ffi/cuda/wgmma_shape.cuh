@@ -71,10 +71,12 @@ struct WgmmaShape {
     return free < 240 ? free : 240;
   }
 #if defined(W4A16_RACECHECK)
-  static constexpr int kReleasingLanes = 32;
+  static constexpr bool kForRacecheck = true;
 #else
-  static constexpr int kReleasingLanes = 1;
+  static constexpr bool kForRacecheck = false;
 #endif
+  static constexpr int kReleasingLanes = kForRacecheck ? 32 : 1;  // S2
+  static constexpr bool kMeetsLate = kForRacecheck;               // S5
 
   // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
   static constexpr int kBlocks = kTileM <= 64 ? 2 : 1;

@@ -5,7 +5,7 @@
 #
 # The folder holds w4a16 and tests/native/{fuzz,sanitizer_control}, built with -DW4A16_TESTS=ON -DW4A16_RACECHECK=ON:
 # racecheck does not see that one lane's arrival on a barrier stands for its warp (S2 in gemm_wgmma.cuh and
-# gemm_persistent.cuh).
+# gemm_persistent.cuh), and without it gemm_wgmma.cuh's clusters never end (S5).
 set -uo pipefail
 build=$1
 cases=${2:-40}
