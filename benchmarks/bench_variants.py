@@ -3,7 +3,8 @@
     python -m benchmarks.bench_variants [--shapes ...] [--m ...]
 
 Needs torch; the protocol is bench_dot's graph column. A second table has sizes that are no multiples of
-the tiles, beside the next multiples of 256. Writes results/h200_variants.json.
+the tiles, beside the next multiples of 256, a third numbers of tokens beside the next power of two. Writes
+results/h200_variants.json.
 """
 
 import argparse
@@ -45,6 +46,8 @@ ODD_SHAPES = (
 )
 ODD_BOUND = 1.15
 ODD_MULTIPLE = 256
+ODD_TOKENS = (3, 11, 20, 40, 72, 100, 150, 200, 300, 520, 1100)
+ODD_TOKENS_BOUND = 1.05
 
 
 def _graph(library: Any, n: int, k: int, m: int, variant: tuple) -> Any:
@@ -114,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict] = []
     met = True
     base_name, (base, _) = next(iter(VARIANTS.items()))
-    progress = Progress(len(options.shapes) * len(options.m) + len(ODD_SHAPES) * len(options.m), "variants")
+    cells = (len(options.shapes) + len(ODD_SHAPES)) * len(options.m) + len(options.shapes) * len(ODD_TOKENS)
+    progress = Progress(cells, "variants")
     for shape in options.shapes:
         for m in options.m:
             graphs = {
@@ -140,25 +144,33 @@ def main(argv: list[str] | None = None) -> int:
             text += f"{mean:8.3f} ({max(ratios):.2f}){'!' if missed else ' '}"
         print(f"{name:>20}{text}" + ("" if bound is None else f"  at most {bound}"))
 
+    def over(odd: tuple[int, int, int], padded: tuple[int, int, int], bound: float) -> str:
+        """Times (N, K, M) beside a larger one; the ratio's text."""
+        nonlocal met
+        graphs = {"odd": _graph(library, *odd, base), "padded": _graph(library, *padded, base)}
+        us = timing.time_graphs(graphs)
+        n, k, m = odd
+        rows.append({"N": n, "K": k, "M": m, "variant": "odd", "us": us["odd"], "padded_us": us["padded"]})
+        progress.step(f"{n}x{k} M={m}")
+        missed = us["odd"] > bound * us["padded"]
+        met = met and not missed
+        return f"{us['odd'] / us['padded']:9.3f}{'!' if missed else ' '}"
+
     print(f"\nsizes that are no multiples of {ODD_MULTIPLE}: time over that of the next multiples")
+    print(f"{'':>30}" + "".join(f"{'M=' + str(m):>9} " for m in options.m) + f" at most {ODD_BOUND}")
     for n, k in ODD_SHAPES:
-        padded = [-(-size // ODD_MULTIPLE) * ODD_MULTIPLE for size in (n, k)]
-        text = ""
-        for m in options.m:
-            graphs = {
-                "odd": _graph(library, n, k, m, base),
-                "padded": _graph(library, padded[0], padded[1], m, base),
-            }
-            us = timing.time_graphs(graphs)
-            ratio = us["odd"] / us["padded"]
-            missed = ratio > ODD_BOUND
-            met = met and not missed
-            text += f"{ratio:10.3f}{'!' if missed else ' '}"
-            rows.append(
-                {"N": n, "K": k, "M": m, "variant": "odd", "us": us["odd"], "padded_us": us["padded"]}
-            )
-            progress.step(f"{n}x{k} M={m}")
-        print(f"{n}x{k:<6} against {padded[0]}x{padded[1]:<6}{text}")
+        padded_n, padded_k = (-(-size // ODD_MULTIPLE) * ODD_MULTIPLE for size in (n, k))
+        text = "".join(over((n, k, m), (padded_n, padded_k, m), ODD_BOUND) for m in options.m)
+        print(f"{f'{n}x{k} against {padded_n}x{padded_k}':>30}{text}")
+
+    print("\ntokens: time over that of the next power of two")
+    print(f"{'':>30}" + "".join(f"{'M=' + str(m):>9} " for m in ODD_TOKENS) + f" at most {ODD_TOKENS_BOUND}")
+    for n, k in ((shape.n, shape.k) for shape in options.shapes):
+        padded_m = [1 << (m - 1).bit_length() for m in ODD_TOKENS]
+        text = "".join(
+            over((n, k, m), (n, k, p), ODD_TOKENS_BOUND) for m, p in zip(ODD_TOKENS, padded_m, strict=True)
+        )
+        print(f"{f'{n}x{k}':>30}{text}")
     header = graph.device_facts(library) | {"protocol": timing.PROTOCOL}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")

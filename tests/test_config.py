@@ -169,8 +169,8 @@ def test_refined_costs_choose_better():
     sweep = json.loads((store.RESULTS / "h200_sweep.json").read_text())["rows"]
     rows = [row for row in sweep if row["M"] in (16, 32)]
     costs = fit_costs.read(configs)
-    worse = dataclasses.replace(costs["wgmma_64x32_s8_k2_t2"], start=4.0)
-    spoilt = costs | {"wgmma_64x32_s8_k2_t2": worse}
+    worse = dataclasses.replace(costs["wgmma_64x32_s10_k2_t2"], start=4.0)
+    spoilt = costs | {"wgmma_64x32_s10_k2_t2": worse}
     refined = fit_costs.refine(spoilt, configs, rows, seed=0)
 
     def badness(costs):

@@ -53,7 +53,11 @@
 // stage's address (the compiler read special registers and parameters for them, which takes long),
 // to go on by whole groups, to read scales by ldmatrix, and to have one way for x alone took 5% off
 // in float16, 4 in bfloat16; at M = 1 to 8 1%, of 4096 x 4096 3. Groups of 32, with all addresses
-// held: 2.5%. Four row blocks abreast, or more warps, gained nothing.
+// held: 2.5%. Four row blocks abreast, or more warps, gained nothing. At 16 tokens groups of 64 and
+// 32 got 1.3 and 1.5% faster with addresses held, 1.4 and 3.8 with codes as bits, not as bytes,
+// which at 8 tokens cost 3.4 and nothing. Tiles of 24 tokens are as fast as wgmma's on two of eight
+// shapes and 5 to 15% slower on the others, those of 32 tokens 20% and more: x goes through shared
+// memory once for each CTA, twice as many bytes as codes.
 //
 // Codes of fewer instructions: of a word's seven in bfloat16, two gone with x made LargeX took 3 to
 // 5% off (geometric mean of 8 shapes; 12% of 8192 x 28672 at M = 8), one more with CodeBytes 1 to

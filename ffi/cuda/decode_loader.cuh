@@ -11,7 +11,7 @@ namespace w4a16 {
 __host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, bool zeros, int parts) {
   const int outputs = tile_n * tile_m;
   if (parts == 1) return !zeros || outputs <= 64 * 16;
-  return tile_m == 8 && (parts == 2 ? outputs <= 64 * 8 : !zeros);
+  return parts == 2 && tile_m == 8 ? outputs <= 64 * 8 : !zeros;
 }
 
 // Fills a warp's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
@@ -84,24 +84,8 @@ class StageLoader {
   __device__ __forceinline__ bool IsWhole() const { return k0_ <= whole_k_; }
 
   __device__ __forceinline__ void LoadWeights(uint32_t stage, bool whole) const {
-    const uint32_t dst = stage + 16 * lane_;
-    if (whole) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-        for (int r = 0; r < kTileBlocks; ++r)
-          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-      }
-    } else {
-#pragma unroll 1
-      for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
-#pragma unroll 1
-        for (int r = 0; r < kTileBlocks && r < row_blocks_; ++r)
-          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-      }
-    }
+    CopyWeights<kTileBlocks, kBlocks>(p_, stage + 16 * lane_, weights_, block_row_bytes_, policy_,
+                                      whole, k0_, row_blocks_);
   }
 
   __device__ __forceinline__ void LoadX(uint32_t stage, bool whole) const {
@@ -206,14 +190,7 @@ class StageLoader {
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
     // From the first of the rows, where aligned copies begin at this lane's chunk.
     const T* x = x_ - static_cast<int64_t>(lane_ / kChunks) * p_.k - lane_ % kChunks * 8;
-    for (int i = lane_; i < rows_ * kUnitK; i += 32) {
-      const int row = i / kUnitK, k = i % kUnitK;
-      uint16_t v = 0;
-      if (k0_ + k < p_.k)
-        v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
-      StoreShared16(
-          dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2, v);
-    }
+    CopyUnaligned<kTileM, kUnitK>(p_, dst, x, lane_, k0_, rows_);
   }
 
   __device__ __forceinline__ const T* ScalesOf(int row) const {

@@ -58,6 +58,44 @@ __device__ __forceinline__ const T* ScaleSource(const DecodeParams& p, int k0, i
          static_cast<int64_t>(group) * p.n + n0;
 }
 
+// Copies a unit's weights: row_blocks of a block of K exist, and all blocks of K below p.k.
+// `whole`: all of the unit does.
+template <int kTileBlocks, int kBlocks>
+__device__ __forceinline__ void CopyWeights(const DecodeParams& p, uint32_t dst,
+                                            const char* weights, int64_t block_row_bytes,
+                                            uint64_t policy, bool whole, int k0, int row_blocks) {
+  if (whole) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < kTileBlocks; ++r)
+        CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                  weights + b * block_row_bytes + r * kBlockBytes, policy);
+    }
+  } else {
+#pragma unroll 1
+    for (int b = 0; b < kBlocks && k0 + b * kBlockK < p.k; ++b) {
+#pragma unroll 1
+      for (int r = 0; r < kTileBlocks && r < row_blocks; ++r)
+        CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
+                  weights + b * block_row_bytes + r * kBlockBytes, policy);
+    }
+  }
+}
+
+// Copies kUnitK columns of the rows from x on, which need no alignment; zeros beyond K.
+template <int kTileM, int kUnitK, typename T>
+__device__ __forceinline__ void CopyUnaligned(const DecodeParams& p, uint32_t dst, const T* x,
+                                              int lane, int k0, int rows) {
+  for (int i = lane; i < rows * kUnitK; i += 32) {
+    const int row = i / kUnitK, k = i % kUnitK;
+    uint16_t v = 0;
+    if (k0 + k < p.k) v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p.k + k];
+    StoreShared16(dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2,
+                  v);
+  }
+}
+
 // Where a lane finds its operands in a stage; sum_lane has the sum of its first token, the fourth
 // lane from there that of its second.
 struct StageOffsets {
@@ -135,6 +173,8 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
   constexpr int kTileBlocks = kTileN / kBlockN, kTokenBlocks = kTileM / 8;
   constexpr int kSteps = 4 * kBlocks / kParts;  // mma steps in a part
   constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
+  // Bytes cost an instruction less a word, and two more for every part of 16 rows by 8 tokens.
+  constexpr bool kBytes = !kAffine || (D::kAddsHalves && (kParts == 1 || kTileM == 8));
   // An mma takes long to finish and the next on the same accumulator waits for it, so several
   // independent chains run abreast: kRows row blocks, kChains each; one row block first, if they
   // are odd.
@@ -177,7 +217,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
         for (int i = 0; i < 2; ++i) {
           sum[j][i] = tokens[i];
           sum[j][i + 2] = kRatio * tokens[i];
-          minus[j][i] = -kEight * (D::kAddsHalves ? 1 + kRatio : 1) * tokens[i];
+          minus[j][i] = -kEight * (kBytes ? 1 + kRatio : 1) * tokens[i];
           minus[j][i + 2] = -kEight * kRatio * tokens[i];
         }
       }
@@ -206,10 +246,12 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
 #pragma unroll
         for (int r = 0; r < row_blocks; ++r) {
           uint32_t a[4];
-          if constexpr (kAffine) {
-            D::Affine(words[r][s], a);
-          } else {
+          if constexpr (!kAffine) {
             ExactBytes<T>(words[r][s], a);
+          } else if constexpr (D::kAddsHalves && !kBytes) {
+            CodeBits(words[r][s], a);
+          } else {
+            D::Affine(words[r][s], a);
           }
 #pragma unroll
           for (int j = 0; j < kTokenBlocks; ++j)
@@ -232,7 +274,7 @@ __device__ __forceinline__ void MultiplyStage(uint32_t stage, const StageOffsets
             v[i] = partial[r][0][j][i];
             if constexpr (kChains == 2) v[i] += partial[r][1][j][i];
             if (kAffine && !kZeros && !begun) v[i] += minus[j][i];
-            if ((!kAffine || D::kAddsHalves) && i < 2) v[i] -= v[i + 2];
+            if (kBytes && i < 2) v[i] -= v[i + 2];
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {

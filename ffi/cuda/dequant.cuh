@@ -170,12 +170,18 @@ struct Pair;
 template <>
 struct Pair<__half> {
   using Type = __half2;
-  __device__ static inline Type Round(float lo, float hi) { return __floats2half2_rn(lo, hi); }
+  __device__ static inline uint32_t Round(float lo, float hi) {
+    const Type pair = __floats2half2_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 };
 template <>
 struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
-  __device__ static inline Type Round(float lo, float hi) { return __floats2bfloat162_rn(lo, hi); }
+  __device__ static inline uint32_t Round(float lo, float hi) {
+    const Type pair = __floats2bfloat162_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 };
 
 // Makes A of codes: T((code - zero) * scale), or T(code - zero) unless kScale, over kUnit.

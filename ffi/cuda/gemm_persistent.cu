@@ -28,11 +28,15 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
   if (Status s = AllowSharedMemory(config.name, kernel.kernel, kernel.shared_bytes); !s.ok())
     return s;
   PersistentMaps maps = {};
-  const int share = config.tile_m / cluster;
-  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share, &maps.x); !s.ok()) return s;
-  if (Status s =
-          EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, share >> schedule.tail_shift, &maps.x_part);
-      !s.ok())
+  // Rows that no tile has need not be there (FirstToken), unless other CTAs count on their bytes.
+  const auto box_rows = [&](int tokens) {
+    return cluster > 1 ? tokens / cluster
+                       : static_cast<int>(std::min<int64_t>(tokens, CeilDiv(p.m, 8) * 8));
+  };
+  const int x_rows = box_rows(config.tile_m);
+  const int x_part_rows = box_rows(config.tile_m >> schedule.tail_shift);
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, x_rows, &maps.x); !s.ok()) return s;
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, x_part_rows, &maps.x_part); !s.ok())
     return s;
   if (p.out_dtype != W4A16_F32) {
     if (Status s = EncodeTensorMap(o.out, p.out_dtype, p.m, p.n, kStoreTokens, &maps.out); !s.ok())
@@ -52,6 +56,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .m = static_cast<int>(p.m),
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
+      .x_rows = x_rows,
+      .x_part_rows = x_part_rows,
       .blocks_per_group = one_group ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
       .panels = Panels(tiles_m, units_n),
       .tiles_m = Divisor(static_cast<uint32_t>(tiles_m)),
@@ -89,8 +95,8 @@ Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o
   if (Status s = AllowSharedMemory(config.name, kernel.kernel, kernel.shared_bytes); !s.ok())
     return s;
   PersistentMaps maps = {};
-  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, config.tile_m, &maps.x); !s.ok())
-    return s;
+  const int x_rows = static_cast<int>(std::min<int64_t>(config.tile_m, CeilDiv(p.m, 8) * 8));
+  if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, x_rows, &maps.x); !s.ok()) return s;
   maps.x_part = maps.out = maps.x;
   if (p.out_dtype != W4A16_F32) {
     if (Status s = EncodeTensorMap(o.out, p.out_dtype, p.m, p.n, kStoreTokens, &maps.out); !s.ok())
@@ -105,6 +111,8 @@ Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o
       .m = static_cast<int>(p.m),
       .n = static_cast<int>(p.n),
       .k = static_cast<int>(p.k),
+      .x_rows = x_rows,
+      .x_part_rows = x_rows,
       .blocks_per_group = NumGroups(p) == 1 ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
       .panels = Panels(1, 1),
       .tiles_m = Divisor(1),

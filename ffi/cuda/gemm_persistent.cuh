@@ -31,8 +31,8 @@
 //   next tile's first steps are dequantised, while the last wgmmas run. float32 output goes
 //   straight from registers to memory.
 //
-// Every element is summed in the order of K and written by one thread; its bits depend on neither
-// the schedule nor on timing.
+// Every element is summed in the order of K by one thread, or by two in the same way (FirstToken);
+// its bits depend on neither the schedule nor on timing.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -73,6 +73,7 @@ struct PersistentParams {
   const void* bias;
   void* out;
   int m, n, k;
+  int x_rows, x_part_rows;  // of a CTA's box of x
   int blocks_per_group;
   Panels panels;  // of units
   Divisor tiles_m;
@@ -177,8 +178,9 @@ __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
     const int left = index - p.whole_units;
     if (Shape::kMostRows > 1 && p.tail_rows > 0) {
       const int column = p.tiles_m.Quotient(left);
+      const int row = left - column * static_cast<int>(p.tiles_m.d);
       return {.n0 = p.whole_columns * Shape::kTileN + column * p.tail_rows * 64,
-              .m0 = (left - column * static_cast<int>(p.tiles_m.d)) * Shape::kTileM,
+              .m0 = FirstToken(row * Shape::kTileM, Shape::kTileM, p.m),
               .shift = 0,
               .rows = p.tail_rows * 64};
     }
@@ -186,10 +188,11 @@ __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
     tile = p.whole_units + (left >> shift);
     part = left & ((1 << shift) - 1);
   }
+  const int tokens = Shape::kTileM >> shift;
   int row, column;
   p.panels.Find(tile, &row, &column);
   return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
-          .m0 = row * Shape::kTileM + part * (Shape::kTileM >> shift),
+          .m0 = FirstToken(row * Shape::kTileM + part * tokens, tokens, p.m),
           .shift = shift,
           .rows = Shape::kTileN};
 }
@@ -219,6 +222,7 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
   for (int index = first; index < units.Count(p); index += stride) {
     const Unit unit = units.template Of<Shape>(p, index, rank);
     const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
+    const int x_rows = unit.shift == 0 ? p.x_rows : p.x_part_rows;
     const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
     // The last cluster along N may reach beyond N by whole CTAs.
     const int rows = min(unit.rows, p.n - unit.n0);
@@ -226,7 +230,8 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
         min(unit.rows / kBlockN, blocks_n - unit.n0 / kBlockN) * kBlockBytes;
     const uint32_t row_bytes = rows * 2;
     const uint32_t block_bytes =
-        tokens * 128 + (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
+        Shape::kCluster * x_rows * 128 +
+        (rows > 0 ? code_bytes + row_bytes * (Shape::kHasZeros ? 2 : 1) : 0);
     const char* codes = reinterpret_cast<const char*>(p.qweight + units.QweightWords(unit)) +
                         static_cast<int64_t>(unit.n0 / kBlockN) * kBlockBytes;
     int64_t row = unit.n0 + units.ScaleElements(unit);  // of scales and zeros
@@ -489,8 +494,7 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
             lo *= kUnit;
             hi *= kUnit;
           }
-          const auto rounded = Pair<T>::Round(lo, hi);
-          v[i] = reinterpret_cast<const uint32_t&>(rounded);
+          v[i] = Pair<T>::Round(lo, hi);
         }
         ptx::StoreMatrix4Transposed(mine + token * 128, v[0], v[1], v[2], v[3]);
       }

@@ -28,8 +28,8 @@
 //
 //   split-K: the kSplitK CTAs of a cluster take consecutive parts of K and finish a slice of the
 //   tile's tokens each, out of the float32 sums that they send one another, those of a rank's teams
-//   added up, in the order of ranks. Every element is summed and written by one thread, so its bits
-//   do not depend on timing.
+//   added up, in the order of ranks. Every element is summed and written by one thread, or by two
+//   in the same way (FirstToken), so its bits do not depend on timing.
 //
 // Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
 // A has been read, that is, until the wgmma before it is done; and one of n tokens takes n / 4 + 4
@@ -536,7 +536,7 @@ __global__ void __cluster_dims__(Shape::kSplitK, 1, 1)
     int tile_n, tile_m;
     p.panels.Find(blockIdx.x / Shape::kSplitK, &tile_m, &tile_n);
     *n0 = tile_n * Shape::kTileN;
-    *m0 = tile_m * Shape::kTileM;
+    *m0 = FirstToken(tile_m * Shape::kTileM, Shape::kTileM, p.m);
   });
 #else
   __trap();

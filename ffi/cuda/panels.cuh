@@ -1,5 +1,5 @@
-// The order in which the tiles of a product are taken, and how long L2 keeps what they read: both
-// for gemm_wgmma.cuh and gemm_persistent.cuh.
+// The order in which the tiles of a product are taken, where they begin, and how long L2 keeps what
+// they read: all for gemm_wgmma.cuh and gemm_persistent.cuh.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,16 @@ struct Panels {
   }
 #endif
 };
+
+#if defined(__CUDACC__)
+// Where a tile of `tokens` that would begin at `token` does: where it would reach beyond m tokens
+// and there are enough, so much earlier, and two tiles make the same bits of the tokens that both
+// have. Tensor copies take some 10 cycles for a row that is not there and 2 for one that is: at
+// 4096 x 4096 and M = 72, tiles of 64 x 64 took 20.0 us, and take 9.3 at M = 128.
+__device__ inline int FirstToken(int token, int tokens, int m) {
+  return max(min(token, m - tokens), 0);
+}
+#endif
 
 // L2 policies, as createpolicy makes them.
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,

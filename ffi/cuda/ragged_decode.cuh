@@ -117,24 +117,8 @@ class UnitLoader {
   static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
 
   __device__ __forceinline__ void LoadWeights(uint32_t stage) const {
-    const uint32_t dst = stage + 16 * thread_;
-    if (whole_tile_ && k0_ + kUnitK <= p_.k) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-        for (int r = 0; r < kTileBlocks; ++r)
-          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-      }
-    } else {
-#pragma unroll 1
-      for (int b = 0; b < kBlocks && k0_ + b * kBlockK < p_.k; ++b) {
-#pragma unroll 1
-        for (int r = 0; r < kTileBlocks && r < row_blocks_; ++r)
-          CopyAsync(dst + (b * kTileBlocks + r) * kBlockBytes,
-                    weights_ + b * block_row_bytes_ + r * kBlockBytes, policy_);
-      }
-    }
+    CopyWeights<kTileBlocks, kBlocks>(p_, stage + 16 * thread_, weights_, block_row_bytes_, policy_,
+                                      whole_tile_ && k0_ + kUnitK <= p_.k, k0_, row_blocks_);
   }
 
   __device__ __forceinline__ void LoadX(uint32_t dst) const {
@@ -158,14 +142,7 @@ class UnitLoader {
   __device__ __forceinline__ void LoadXUnaligned(uint32_t dst) const {
     // From the first of the rows, where aligned copies begin at this thread's chunk.
     const T* x = x_ - static_cast<int64_t>(thread_ / kChunks) * p_.k - thread_ % kChunks * 8;
-    for (int i = thread_; i < rows_ * kUnitK; i += kThreads) {
-      const int row = i / kUnitK, k = i % kUnitK;
-      uint16_t v = 0;
-      if (k0_ + k < p_.k)
-        v = reinterpret_cast<const uint16_t*>(x)[static_cast<int64_t>(row) * p_.k + k];
-      StoreShared16(
-          dst + k / kBlockK * XBytes(kTileM, 1) + XChunk(row, k % kBlockK / 8) + k % 8 * 2, v);
-    }
+    CopyUnaligned<kTileM, kUnitK>(p_, dst, x, thread_, k0_, rows_);
   }
 
   __device__ __forceinline__ const T* ScalesOf(int row) const {

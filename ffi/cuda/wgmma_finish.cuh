@@ -39,12 +39,6 @@ struct Scaler {
   __device__ inline float Scale(float v, int i) const { return fmaf(alpha, v, bias[i / 2 % 2]); }
 };
 
-template <typename T>
-__device__ inline uint32_t RoundPair(float lo, float hi) {
-  const T pair[2] = {static_cast<T>(lo), static_cast<T>(hi)};
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 // Stores fragments of eight tokens by a warp's 16 rows, kTokens tokens apart and before `end`.
 template <typename Out, int kTokens>
 class FragmentStore {
@@ -68,7 +62,7 @@ class FragmentStore {
 #pragma unroll
       for (int i = 0; i < 2 * kCount; ++i)
         half[i / 2][i % 2] =
-            ptx::Transpose8x8(RoundPair<Out>(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]));
+            ptx::Transpose8x8(Pair<Out>::Round(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]));
       const bool odd = threadIdx.x % 2 == 1;
       uint2 four[kCount];
 #pragma unroll
@@ -303,7 +297,7 @@ class FinishRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* v = &acc[min(4 * chunk + 2 * i, Shape::kTileM / 2 - 2)];
-        pairs[i] = RoundPair<T>(scaler_.Scale(v[0], 2 * i), scaler_.Scale(v[1], 2 * i));
+        pairs[i] = Pair<T>::Round(scaler_.Scale(v[0], 2 * i), scaler_.Scale(v[1], 2 * i));
       }
       ptx::StoreMatrix4Transposed(to_ + chunk * 8 * kRowBytes, pairs[0], pairs[1], pairs[2],
                                   pairs[3]);
