@@ -11,7 +11,8 @@ namespace w4a16 {
 __host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, bool zeros, int parts) {
   const int outputs = tile_n * tile_m;
   if (parts == 1) return !zeros || outputs <= 64 * 16;
-  return parts == 2 && tile_m == 8 ? outputs <= 64 * 8 : !zeros;
+  if (parts == 2 && tile_m == 8) return outputs <= 64 * 8;
+  return !zeros && (kTensorCopies || outputs <= 64 * 16);
 }
 
 // Fills a warp's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
