@@ -70,7 +70,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, weights: str, ways: int):
         import jax
 
-        from benchmarks import llama, llama_sum, llama_weights
+        from benchmarks import compile_cuda, llama, llama_attention, llama_sum, llama_weights
 
         self.options, self.llama = options, llama
         packed = weights == "w4a16"
@@ -80,11 +80,17 @@ class Bench:
             packed_head=packed and not options.float_head and not options.config.tied,
             products=options.products,
             attention=options.attention,
-            decode_attention=options.decode_attention if jax.default_backend() == "gpu" else "xla",
         )
         self.mesh = llama.make_mesh(ways)
-        if self.mesh is not None and options.row_sum == "kernel" and jax.default_backend() == "gpu":
-            if llama_sum.find_nvcc():
+        gpu, nvcc = jax.default_backend() == "gpu", compile_cuda.find_nvcc()
+        if gpu and options.decode_attention == "kernel":
+            if nvcc and llama_attention.runs_on(jax.devices()[0]):
+                llama_attention.prepare()
+                config = dataclasses.replace(config, decode_attention="kernel")
+            else:
+                say("no nvcc, or no clusters: a step's attention is XLA's kernels")
+        if gpu and self.mesh is not None and options.row_sum == "kernel":
+            if nvcc:
                 llama_sum.connect(tuple(self.mesh.devices))
                 config = dataclasses.replace(config, row_sum="kernel")
             else:
@@ -369,7 +375,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of the prefill")
     parser.add_argument(
-        "--decode-attention", choices=("xla", "pallas"), default="pallas", help="of a decoding step"
+        "--decode-attention", choices=("xla", "kernel"), default="kernel", help="of a decoding step"
     )
     parser.add_argument("--row-sum", choices=("xla", "kernel"), default="kernel", help="over several GPUs")
     parser.add_argument("--output", type=Path, default=store.RESULTS / "llama.json")

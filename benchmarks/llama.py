@@ -99,7 +99,9 @@ class Layer(nnx.Module):
         """
         x, (scaled, squares) = x
         qkv = self.qkv(scaled)
-        if self.config.decode_attention == "pallas" and x.shape[1] == 1:
+        c = self.config
+        kernel = c.decode_attention == "kernel" and llama_attention.serves(c.head_dim, c.dtype)
+        if kernel and x.shape[1] == 1:
             out, keys, values = self._attend_one(qkv, squares, keys, values, position, rotation)
         else:
             qkv = qkv * self.norm_attention.factor(squares)
@@ -137,7 +139,6 @@ class Layer(nnx.Module):
             position,
             hidden=c.hidden,
             epsilon=c.epsilon,
-            interpret=jax.default_backend() == "cpu",
         )
         return out.reshape(*qkv.shape[:2], -1), keys, values
 

@@ -28,7 +28,7 @@ class Config:
     dtype: str = "bfloat16"
     products: str = "fused"  # `dot_add_norm` and `dot_swiglu` of packed layers, or "plain": `dot` alone
     attention: str = "xla"  # or "cudnn", for a prompt
-    decode_attention: str = "xla"  # or "pallas": one kernel (GPUs alone)
+    decode_attention: str = "xla"  # or "kernel": one, where it serves (GPUs alone)
     row_sum: str = "xla"  # over devices, or "kernel": with the norm after it (GPUs of one process alone)
 
     @classmethod

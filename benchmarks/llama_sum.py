@@ -1,29 +1,21 @@
 """The residual sum after a row split and the norm that follows it, as one CUDA kernel on several GPUs.
 
 XLA makes an all-reduce and another kernel of these. At batch 1 an all-reduce of 32 KB costs 9 to 15
-microseconds, of which the way over NVLink and back is two. nvcc compiles `llama_sum.cu` when a process first
-connects its GPUs.
+microseconds, of which the way over NVLink and back is two.
 """
 
 import ctypes
 import functools
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import compile_cuda
+
 _COLUMNS, _CAPACITY = 256, 16 * 8192  # of a CTA and of all, as in llama_sum.cu
 _TARGET = "llama_add_norm"
-
-
-def find_nvcc() -> str | None:
-    """The compiler's path."""
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @functools.cache
@@ -34,16 +26,7 @@ def connect(devices: Sequence[Any]) -> None:
       RuntimeError: they cannot access one another, or there is no nvcc.
       subprocess.CalledProcessError: the compiler failed.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError("nvcc is needed to compile llama_sum.cu; found none")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "llama_sum.so"
-        command = [nvcc, "-O3", "-std=c++17", "-arch=native", "-cudart=static", "-shared", "-Xcompiler=-fPIC"]
-        source = Path(__file__).with_suffix(".cu")
-        command += ["-isystem", jax.ffi.include_dir(), "-o", str(library), str(source)]
-        subprocess.run(command, check=True)
-        native = ctypes.CDLL(str(library))
+    native = compile_cuda.load("llama_sum")
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(native.LlamaAddNorm), platform="CUDA")
     native.LlamaConnect.restype = ctypes.c_char_p
     ordinals = [device.local_hardware_id for device in devices]
