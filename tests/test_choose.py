@@ -254,3 +254,26 @@ def test_every_config_against_the_oracle():
                     raise AssertionError(f"{name}: {error}") from error
                 served.add(name)
     assert served == set(names)
+
+
+@pytest.mark.gpu
+def test_tokens_that_end_within_a_tile():
+    """The last tile begins earlier then: its tokens are those of whole tiles, to the bit."""
+    from conftest import device_of
+
+    names = [name for name in _ffi.build_info()["configs"] if name.startswith(("wgmma", "persistent"))]
+    random = np.random.default_rng(0)
+    n, k = 960, 1024
+    with jax.default_device(device_of("cuda")):
+        qweight = jnp.asarray(random.integers(0, 2**32, (k // 64, n // 16, 128), np.uint32))
+        scales = jnp.asarray(random.uniform(0.5, 1.5, (k // 128, n)), jnp.bfloat16)
+        for name in names:
+            tile_m = int(re.findall(r"_\d+x(\d+)_", name)[0])
+            x = jnp.asarray(random.normal(size=(3 * tile_m, k)), jnp.bfloat16)
+            dot = lambda x, name=name: _primitive.dot(
+                x, qweight, scales, group_size=128, implementation="cuda", config=name
+            )
+            whole = np.asarray(dot(x))
+            assert np.isfinite(whole.astype(np.float32)).all()
+            for m in (2 * tile_m + 1, 2 * tile_m + 12, 3 * tile_m - 5):
+                np.testing.assert_array_equal(np.asarray(dot(x[:m])), whole[:m], err_msg=f"{name}, M = {m}")
