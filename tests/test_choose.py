@@ -275,5 +275,5 @@ def test_tokens_that_end_within_a_tile():
             )
             whole = np.asarray(dot(x))
             assert np.isfinite(whole.astype(np.float32)).all()
-            for m in (2 * tile_m + 1, 2 * tile_m + 12, 3 * tile_m - 5):
-                np.testing.assert_array_equal(np.asarray(dot(x[:m])), whole[:m], err_msg=f"{name}, M = {m}")
+            m = 2 * tile_m + 5
+            np.testing.assert_array_equal(np.asarray(dot(x[:m])), whole[:m], err_msg=f"{name}, M = {m}")

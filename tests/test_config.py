@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -104,12 +105,22 @@ def test_small_m_decodes_and_large_m_uses_wgmma():
     ],
 )
 def test_choices_are_near_the_best_measured(file, most, worst):
-    """Against every configuration's time on an H200; the last file's shapes are not those of the fit."""
-    losses = {}
+    """Against every configuration's time on an H200; the last file's shapes are not those of the fit.
+
+    A line that has got other stages since stands for what it was; in place of one that is later than the file
+    there is the choice without it.
+    """
+    line = lambda name: re.sub(r"_s\d+_", "_", name)
+    configs = {config["name"]: config for config in _w4a16.configs()}
+    costs, losses = fit_costs.read(configs), {}
     for row in json.loads((store.RESULTS / file).read_text())["rows"]:
         n, k, m, dtype = (row[name] for name in ("N", "K", "M", "dtype"))
+        us = {line(name): time for name, time in (row["slow_us"] | row["us"]).items()}
         chosen, _ = _w4a16.select(**problem(m, n, k, x_dtype=dtype, out_dtype=dtype), **HOPPER)
-        losses[n, k, m, dtype] = (row["slow_us"] | row["us"])[chosen] / row["us"][row["best"]]
+        if line(chosen) not in us:
+            measured = [name for name in configs if line(name) in us]
+            chosen = min(measured, key=lambda name: costs[name].predict(configs[name], n, k, m))
+        losses[n, k, m, dtype] = us[line(chosen)] / min(us.values())
     assert len(losses) >= 40
     assert report.geomean(losses.values()) <= most
     assert max(losses.values()) <= worst, max(losses, key=losses.get)
