@@ -28,7 +28,8 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
   if (Status s = AllowSharedMemory(config.name, kernel.kernel, kernel.shared_bytes); !s.ok())
     return s;
   PersistentMaps maps = {};
-  // Rows that no tile has need not be there (FirstToken), unless other CTAs count on their bytes.
+  // Of fewer tokens than a tile has, boxes bring those alone (FirstToken), rounded up to 8; not in
+  // a cluster, whose CTAs bring equal shares.
   const auto box_rows = [&](int tokens) {
     return cluster > 1 ? tokens / cluster
                        : static_cast<int>(std::min<int64_t>(tokens, CeilDiv(p.m, 8) * 8));
