@@ -36,6 +36,14 @@ def devices_of(implementation: str, count: int) -> list[jax.Device]:
     return found[:count]
 
 
+def needs_nvcc() -> None:
+    """Skips the test where the benchmarks' own kernels cannot be compiled."""
+    from benchmarks import compile_cuda
+
+    if compile_cuda.find_nvcc() is None:
+        pytest.skip("needs nvcc, found none")
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
     """Each implementation, with its device as the default one."""
