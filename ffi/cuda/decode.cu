@@ -104,7 +104,7 @@ Status RunDecode(const Problem& p, const Operands& o, const Config& config, cons
   const void* function;
   if (p.epilogue == W4A16_NO_EPILOGUE) {
     const auto find = f16 ? FindDecodeKernelF16 : FindDecodeKernelBf16;
-    function = find(config, p.has_zeros, parts);
+    function = find(config, p.has_zeros, parts, IsGeneral(p));
   } else {
     const auto find = f16 ? FindFusedDecodeKernelF16 : FindFusedDecodeKernelBf16;
     function = find(config, p.has_zeros, parts, p.epilogue);

@@ -53,11 +53,12 @@
 // stage's address (the compiler read special registers and parameters for them, which takes long),
 // to go on by whole groups, to read scales by ldmatrix, and to have one way for x alone took 5% off
 // in float16, 4 in bfloat16; at M = 1 to 8 1%, of 4096 x 4096 3. Groups of 32, with all addresses
-// held: 2.5%. Four row blocks abreast, or more warps, gained nothing. At 16 tokens groups of 64 and
-// 32 got 1.3 and 1.5% faster with addresses held, 1.4 and 3.8 with codes as bits, not as bytes,
-// which at 8 tokens cost 3.4 and nothing. Tiles of 24 tokens are as fast as wgmma's on two of eight
-// shapes and 5 to 15% slower on the others, those of 32 tokens 20% and more: x goes through shared
-// memory once for each CTA, twice as many bytes as codes.
+// held: 2.5%; without the code for unaligned rows, which a kernel of their own does not have, 4.6%
+// at M = 1, 2.5 at 8 and 16. Four row blocks abreast, or more warps, gained nothing. At 16 tokens
+// groups of 64 and 32 got 1.3 and 1.5% faster with addresses held, 1.4 and 3.8 with codes as bits,
+// not as bytes, which at 8 tokens cost 3.4 and nothing. Tiles of 24 tokens are as fast as wgmma's
+// on two of eight shapes and 5 to 15% slower on the others, those of 32 tokens 20% and more: x goes
+// through shared memory once for each CTA, twice as many bytes as codes.
 //
 // Codes of fewer instructions: of a word's seven in bfloat16, two gone with x made LargeX took 3 to
 // 5% off (geometric mean of 8 shapes; 12% of 8192 x 28672 at M = 8), one more with CodeBytes 1 to
@@ -98,16 +99,16 @@
 
 namespace w4a16 {
 
-// Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread. `general`: the kernel
-// of the most parts.
-__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, bool general) {
+// Threads of a CTA, at most: with them go 128, 168 or 255 registers a thread. `most_parts`: of a
+// stage, which take more of them.
+__host__ __device__ constexpr int MaxThreads(int tile_n, int tile_m, bool most_parts) {
   if (kTuring) return 32 * kTuringWarps;
   const int outputs = tile_n * tile_m;
-  return outputs <= (general ? 32 : 64) * 8 ? 512 : outputs <= 64 * 8 ? 384 : 256;
+  return outputs <= (most_parts ? 32 : 64) * 8 ? 512 : outputs <= 64 * 8 ? 384 : 256;
 }
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros, int kParts,
-          w4a16_epilogue kEpilogue>
+          bool kGeneral, w4a16_epilogue kEpilogue>
 __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBlocks), 1)
     DecodeKernel(const __grid_constant__ DecodeParams p,
                  const __grid_constant__ CUtensorMap x_map) {
@@ -142,8 +143,8 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   const uint32_t ring_address = partials + warp * p.warp_bytes;
   const uint32_t ring_end = ring_address + kStages * p.stage_bytes;
 
-  StageLoader<T, kTileN, kTileM, kBlocks, kZeros, kParts> loader(p, x_map, n0, m0, lane, first,
-                                                                 warps);
+  StageLoader<T, kTileN, kTileM, kBlocks, kZeros, kParts, kGeneral> loader(p, x_map, n0, m0, lane,
+                                                                           first, warps);
   // A warp runs this once, and its instructions come from memory as well: the order of the copies
   // and the room that they take in the code count.
   if (first < end) loader.LoadWeights(ring_address, loader.IsWhole());
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
   // left it finds the first before it waits for copies.
   constexpr int kStride = PartialStride(kTileN), kLog2Items = CeilLog2(ItemsOf<kEpilogue>(kQuads));
   constexpr bool kHoldMore = kHold && kTileN * kTileM <= 64 * 16;
-  constexpr bool kWhole = kParts < 2 * kBlocks;  // N and K are multiples of 8
+  constexpr bool kWhole = !kGeneral;  // N and K are multiples of 8
   auto find_quad = [&](int idx) {
     const int token = idx >> kLog2Items;
     const int quad = QuadOf<kEpilogue>(idx & ((1 << kLog2Items) - 1)), n = n0 + 4 * quad;
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
     }
   }
 
-  constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros);
+  constexpr bool kAffine = UsesAffineCodes(kTileN, kTileM, kZeros, kParts);
   StorePartial<kTileN, kTileM>(ring_address, lane, acc);
   if constexpr (kEpilogue == W4A16_SWIGLU) FindFactors(p, factors, m0, rows);
   if (kHoldMore && log2_split == 0) {
@@ -301,27 +302,31 @@ __global__ void __launch_bounds__(MaxThreads(kTileN, kTileM, kParts == 2 * kBloc
 
 template <typename T, int kTileN, int kTileM, int kBlocks, int kStages, bool kZeros,
           w4a16_epilogue kEpilogue>
-const void* KernelForParts(int parts) {
+const void* KernelForParts(int parts, bool general) {
   constexpr int kMost = 2 * kBlocks;
-  auto kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 2, kEpilogue>;
-  if (parts == 1) kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, 1, kEpilogue>;
-  if constexpr (kEpilogue == W4A16_NO_EPILOGUE) {
-    if (parts == kMost)
-      kernel = DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, kMost, kEpilogue>;
-  } else {
-    if (parts == kMost) return nullptr;  // CanImplement has refused it
+  const void* kernel = nullptr;
+  const auto find = [&]<int kParts, bool kGeneral>() {
+    if (parts == kParts && general == kGeneral)
+      kernel = reinterpret_cast<const void*>(
+          DecodeKernel<T, kTileN, kTileM, kBlocks, kStages, kZeros, kParts, kGeneral, kEpilogue>);
+  };
+  find.template operator()<1, false>();
+  find.template operator()<2, false>();
+  if constexpr (kEpilogue == W4A16_NO_EPILOGUE) {  // CanImplement refuses others with an epilogue
+    find.template operator()<kMost, false>();
+    find.template operator()<kMost, true>();
   }
-  return reinterpret_cast<const void*>(kernel);
+  return kernel;
 }
 
 template <typename T, w4a16_epilogue kEpilogue>
-const void* FindDecodeKernel(const Config& c, bool has_zeros, int parts) {
-#define W4A16_DECODE(N, M, BLOCKS, WARPS, STAGES, SPLIT, ...)                                \
-  static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, true)) && SPLIT * kBlockN <= N && \
-                (SPLIT & (SPLIT - 1)) == 0);                                                 \
-  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.stages == STAGES)            \
-    return has_zeros ? KernelForParts<T, N, M, BLOCKS, STAGES, true, kEpilogue>(parts)       \
-                     : KernelForParts<T, N, M, BLOCKS, STAGES, false, kEpilogue>(parts);
+const void* FindDecodeKernel(const Config& c, bool has_zeros, int parts, bool general) {
+#define W4A16_DECODE(N, M, BLOCKS, WARPS, STAGES, SPLIT, ...)                                   \
+  static_assert((kTuring || WARPS * 32 <= MaxThreads(N, M, true)) && SPLIT * kBlockN <= N &&    \
+                (SPLIT & (SPLIT - 1)) == 0);                                                    \
+  if (c.tile_n == N && c.tile_m == M && c.blocks == BLOCKS && c.stages == STAGES)               \
+    return has_zeros ? KernelForParts<T, N, M, BLOCKS, STAGES, true, kEpilogue>(parts, general) \
+                     : KernelForParts<T, N, M, BLOCKS, STAGES, false, kEpilogue>(parts, general);
 #define W4A16_WGMMA(...)
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)

@@ -53,13 +53,16 @@ inline constexpr int kFewRows = 4;
 // of 8 tokens in different banks.
 W4A16_HD constexpr int XBytes(int tile_m, int blocks) { return blocks * tile_m * kBlockK * 2; }
 
-// Equal parts of a stage, each in one group: as few as the group size allows. Where rows of x,
-// scales or zeros are not aligned to 16 bytes it is the most, so that only those kernels need the
-// slower copies. It is one only if a warp's units are equally many groups apart, so that only
-// kernels of more have to find the group of every unit.
+// Whether rows of x, scales or zeros are not aligned to 16 bytes, which needs slower copies:
+// kernels of the most parts, compiled for this alone.
+constexpr bool IsGeneral(const Problem& p) { return p.k % 8 != 0 || p.n % 8 != 0; }
+
+// Equal parts of a stage, each in one group: as few as the group size allows. It is one only if a
+// warp's units are equally many groups apart, so that only kernels of more have to find the group
+// of every unit.
 constexpr int StageParts(const Problem& p, const Config& c) {
   const int unit = kBlockK * c.blocks, most = 2 * c.blocks;
-  if (p.k % 8 != 0 || p.n % 8 != 0) return most;
+  if (IsGeneral(p)) return most;
   if (p.group_size >= p.k) return 1;
   if (p.group_size % unit == 0 && unit * c.warps % p.group_size == 0) return 1;
   int parts = 2;
@@ -121,8 +124,8 @@ constexpr DecodeSharedMemory SharedMemoryOfDecode(const Problem& p, const Config
 
 // The kernel compiled for a configuration and an element type (decode_f16.cu, decode_bf16.cu), and
 // likewise with epilogues (decode_fused_f16.cu, decode_fused_bf16.cu).
-const void* FindDecodeKernelF16(const Config& config, bool has_zeros, int parts);
-const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts);
+const void* FindDecodeKernelF16(const Config& config, bool has_zeros, int parts, bool general);
+const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts, bool general);
 const void* FindFusedDecodeKernelF16(const Config& config, bool has_zeros, int parts,
                                      w4a16_epilogue epilogue);
 const void* FindFusedDecodeKernelBf16(const Config& config, bool has_zeros, int parts,

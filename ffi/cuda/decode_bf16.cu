@@ -2,8 +2,8 @@
 
 namespace w4a16 {
 
-const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts) {
-  return FindDecodeKernel<__nv_bfloat16, W4A16_NO_EPILOGUE>(config, has_zeros, parts);
+const void* FindDecodeKernelBf16(const Config& config, bool has_zeros, int parts, bool general) {
+  return FindDecodeKernel<__nv_bfloat16, W4A16_NO_EPILOGUE>(config, has_zeros, parts, general);
 }
 
 }  // namespace w4a16

@@ -17,7 +17,7 @@ __host__ __device__ constexpr bool HoldsAddresses(int tile_n, int tile_m, bool z
 
 // Fills a warp's stages, each with one unit of K (kBlocks blocks), in order: the units `first`,
 // first + step, ...
-template <typename T, int kTileN, int kTileM, int kBlocks, bool kZeros, int kParts>
+template <typename T, int kTileN, int kTileM, int kBlocks, bool kZeros, int kParts, bool kGeneral>
 class StageLoader {
  public:
   __device__ __forceinline__ StageLoader(const DecodeParams& p, const CUtensorMap& x_map, int n0,
@@ -128,7 +128,6 @@ class StageLoader {
   static constexpr int kUnitK = kBlocks * kBlockK;
   static constexpr int kTileBlocks = kTileN / kBlockN;
   static constexpr int kChunks = kBlockK / 8;  // of 16 bytes, in a block of a row of x
-  static constexpr bool kGeneral = kParts == 2 * kBlocks;
   static constexpr int kScaleRows = kParts * (kZeros ? 2 : 1);
   static constexpr int kRowChunks = kTileN / 8;  // of 16 bytes, in a row of scales
   static constexpr int kScaleChunks = kScaleRows * kRowChunks;

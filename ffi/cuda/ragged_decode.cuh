@@ -258,7 +258,7 @@ __device__ __forceinline__ int MultiplyTile(const RaggedDecodeParams& params, co
     stage = stage + p.stage_bytes == ring_end ? ring : stage + p.stage_bytes;
   }
 
-  constexpr bool kAffine = UsesAffineCodes(kTileN, kTokens, kZeros);
+  constexpr bool kAffine = UsesAffineCodes(kTileN, kTokens, kZeros, kParts);
   constexpr int kStride = PartialStride(kTileN);
   __syncthreads();
   StorePartial<kTileN, kTokens>(partials + warp * params.partial_bytes, lane, acc);
