@@ -1,5 +1,6 @@
 """The graph columns: kernels called through the C interface on torch tensors, checked, then timed."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -240,7 +241,10 @@ def layers(library: Library, todo: list[Cell]) -> Iterator[tuple[Layer, Cell]]:
         yield layer, cell
 
 
-def _measure_cell(store: Store, layer: Layer, cell: Cell, device: native.Device, columns: list[str]) -> None:
+def _graphs(
+    store: Store, layer: Layer, cell: Cell, device: native.Device, columns: list[str]
+) -> dict[str, timing.Graph]:
+    """The graphs of a cell's columns; a column that fails is recorded instead."""
     x = layer.activations(cell.m)
     out = torch.empty((cell.m, cell.n), dtype=layer.torch_dtype, device=DEVICE)
     check = Check(layer, x)
@@ -268,27 +272,41 @@ def _measure_cell(store: Store, layer: Layer, cell: Cell, device: native.Device,
             )
         except (WrongResult, RuntimeError) as error:
             store.fail(cell, "tinygemm_us", str(error).splitlines()[0])
-    del check
-    if graphs:
-        store.update(cell, **timing.time_graphs(graphs))
+    return graphs
 
 
 def measure(
     store: Store, library: Library, todo: list[Cell], columns: list[str], out_of_time: Callable
 ) -> None:
-    """Fills the graph columns of `todo`, which lists a layer's cells one after the other.
+    """Fills the graph columns of `todo`, which lists a shape's cells one after the other.
 
-    Large products come last: they run at the card's power limit, and lower its clocks for a while after.
+    Cells that differ in dtype alone are timed by the same alternating replays, so that both types meet
+    the same clocks: products of many tokens run at the card's power limit, while tinygemm, of bfloat16
+    alone, lets it rest. They come last, because they lower the clocks for a while after.
     """
     device = library.current_device()
     warm_up()
     work = [cell for cell in todo if any(store.missing(cell, column) for column in columns)]
     work.sort(key=lambda cell: cell.m > MOST_TOKENS_COOL)
     progress = Progress(len(work), "graphs")
-    for layer, cell in layers(library, work):
-        if out_of_time():
-            break
-        wanted = [column for column in columns if store.missing(cell, column)]
-        _measure_cell(store, layer, cell, device, wanted)
-        progress.step(f"{cell.n}x{cell.k} {cell.dtype} M={cell.m}")
+    for _, of_shape in itertools.groupby(work, lambda cell: cell._replace(m=0, dtype="")):
+        cells = sorted(of_shape, key=lambda cell: cell.m)
+        torch.cuda.empty_cache()
+        weights = {
+            dtype: Layer(library, cells[0].n, cells[0].k, dtype, cells[0].group_size, cells[0].zeros)
+            for dtype in dict.fromkeys(cell.dtype for cell in cells)
+        }
+        for m, group in itertools.groupby(cells, lambda cell: cell.m):
+            if out_of_time():
+                break
+            together = list(group)
+            graphs = {}
+            for cell in together:
+                wanted = [column for column in columns if store.missing(cell, column)]
+                found = _graphs(store, weights[cell.dtype], cell, device, wanted)
+                graphs |= {(cell, column): graph for column, graph in found.items()}
+            if graphs:
+                for (cell, column), us in timing.time_graphs(graphs).items():
+                    store.update(cell, **{column: us})
+            progress.step(f"{cells[0].n}x{cells[0].k} M={m}", len(together))
     store.save()

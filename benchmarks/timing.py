@@ -11,9 +11,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.shapes import L2_BYTES
+
+_Key = TypeVar("_Key")
 
 COLD_FACTOR = 2.5  # copies of a weight span this many times the L2
 MIN_COPIES = 2
@@ -119,13 +121,13 @@ def eager_us(call: Callable[[int], Any], copies: int, calls: int = 3) -> float:
     return max(1.0, min(times))
 
 
-def time_graphs(graphs: Mapping[str, Graph]) -> dict[str, float]:
+def time_graphs(graphs: Mapping[_Key, Graph]) -> dict[_Key, float]:
     """Microseconds of one call in each graph; the graphs' replays alternate."""
     import torch  # pyright: ignore[reportMissingImports]
 
     longest = max(graph.calls * graph.call_us for graph in graphs.values())
     rounds = plan_rounds(longest)
-    events: dict[str, list[Any]] = {name: [] for name in graphs}
+    events: dict[_Key, list[Any]] = {name: [] for name in graphs}
     begin = time.perf_counter()
     while time.perf_counter() - begin < SETTLE_S:
         for graph in graphs.values():
