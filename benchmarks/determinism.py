@@ -1,6 +1,6 @@
 """Runs every configuration many times beside copies that load the memory: results must be equal to the bit.
 
-    python -m benchmarks.determinism [--runs 1000] [--configs TEXT,...]
+    python -m benchmarks.determinism [--runs 1000] [--configs TEXT,...] [--group-size 128]
 
 Needs torch. Every second run has a copy on another stream beside it, which takes longer than most runs.
 """
@@ -9,7 +9,7 @@ import argparse
 import itertools
 import sys
 
-from benchmarks import native
+from benchmarks import native, shapes
 from benchmarks.progress import Progress
 
 # (N, K, tokens): several tiles and waves; tails of N, K and M; one with float zeros.
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.determinism", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--configs", default="", help="only names that contain one of these, by commas")
+    parser.add_argument("--group-size", type=int, default=shapes.GROUP_SIZE)
     parser.add_argument("--library", help="path of libw4a16.so; default: the installed package's")
     options = parser.parse_args(argv)
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     runs: dict[str, int] = dict.fromkeys(names, 0)
     for n, k, tokens, zeros in PROBLEMS:
         for dtype in ("float16", "bfloat16"):
-            layer = graph.Layer(library, n, k, dtype, 128, zeros)
+            layer = graph.Layer(library, n, k, dtype, options.group_size, zeros)
             for name in names:
                 able = []
                 for m, epilogue in itertools.product(tokens, native.EPILOGUES):
