@@ -156,10 +156,10 @@ def _measure_group(
 
 
 def measure(store: Store, todo: list[Cell], columns: list[str], out_of_time: Callable) -> None:
-    """Fills the jit columns of `todo`, column by column."""
+    """Fills the jit columns of `todo`, shape by shape: what a run that ends early leaves out are shapes."""
     work: dict[tuple, list[Cell]] = {}
-    for column in columns:
-        for cell in todo:
+    for cell in todo:
+        for column in columns:
             if store.missing(cell, column):
                 key = (column, cell.n, cell.k, cell.group_size, cell.dtype)
                 work.setdefault(key, []).append(cell)
