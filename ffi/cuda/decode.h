@@ -53,13 +53,13 @@ inline constexpr int kFewRows = 4;
 // of 8 tokens in different banks.
 W4A16_HD constexpr int XBytes(int tile_m, int blocks) { return blocks * tile_m * kBlockK * 2; }
 
-// Whether rows of x, scales or zeros are not aligned to 16 bytes, which needs slower copies:
-// kernels of the most parts, compiled for this alone.
+// Whether rows of x, scales or zeros are not aligned to 16 bytes, which needs slower copies: decode
+// has kernels for it, ragged decode those of the most parts.
 constexpr bool IsGeneral(const Problem& p) { return p.k % 8 != 0 || p.n % 8 != 0; }
 
-// Equal parts of a stage, each in one group: as few as the group size allows. It is one only if a
-// warp's units are equally many groups apart, so that only kernels of more have to find the group
-// of every unit.
+// Equal parts of a stage, each in one group: as few as the group size allows, and the most where
+// IsGeneral. It is one only if a warp's units are equally many groups apart, so that only kernels
+// of more have to find the group of every unit.
 constexpr int StageParts(const Problem& p, const Config& c) {
   const int unit = kBlockK * c.blocks, most = 2 * c.blocks;
   if (IsGeneral(p)) return most;
