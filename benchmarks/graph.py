@@ -231,14 +231,18 @@ def warm_up() -> None:
 
 
 def layers(library: Library, todo: list[Cell]) -> Iterator[tuple[Layer, Cell]]:
-    """Each cell with its layer, which neighbours in the list share."""
-    layer, layer_key = None, None
+    """Each cell with its layer: those of a shape are kept while neighbours in the list are of it too."""
+    held: dict[str, Layer] = {}
+    last = None
     for cell in todo:
-        key = (cell.n, cell.k, cell.dtype, cell.group_size, cell.zeros)
-        if layer is None or key != layer_key:
+        shape = cell._replace(m=0, dtype="")
+        if shape != last:
+            held.clear()
             torch.cuda.empty_cache()
-            layer, layer_key = Layer(library, *key), key
-        yield layer, cell
+            last = shape
+        if cell.dtype not in held:
+            held[cell.dtype] = Layer(library, cell.n, cell.k, cell.dtype, cell.group_size, cell.zeros)
+        yield held[cell.dtype], cell
 
 
 def _graphs(
@@ -278,35 +282,28 @@ def _graphs(
 def measure(
     store: Store, library: Library, todo: list[Cell], columns: list[str], out_of_time: Callable
 ) -> None:
-    """Fills the graph columns of `todo`, which lists a shape's cells one after the other.
+    """Fills the graph columns of `todo`, which lists a shape's cells one after the other, both types of an M.
 
-    Cells that differ in dtype alone are timed by the same alternating replays, so that both types meet
-    the same clocks: products of many tokens run at the card's power limit, while tinygemm, of bfloat16
-    alone, lets it rest. They come last, because they lower the clocks for a while after.
+    These are timed by the same alternating replays, so that both types meet the same clocks: products of
+    many tokens run at the card's power limit, while tinygemm, of bfloat16 alone, lets it rest. They come
+    last, because they lower the clocks for a while after.
     """
     device = library.current_device()
     warm_up()
     work = [cell for cell in todo if any(store.missing(cell, column) for column in columns)]
     work.sort(key=lambda cell: cell.m > MOST_TOKENS_COOL)
     progress = Progress(len(work), "graphs")
-    for _, of_shape in itertools.groupby(work, lambda cell: cell._replace(m=0, dtype="")):
-        cells = sorted(of_shape, key=lambda cell: cell.m)
-        torch.cuda.empty_cache()
-        weights = {
-            dtype: Layer(library, cells[0].n, cells[0].k, dtype, cells[0].group_size, cells[0].zeros)
-            for dtype in dict.fromkeys(cell.dtype for cell in cells)
-        }
-        for m, group in itertools.groupby(cells, lambda cell: cell.m):
-            if out_of_time():
-                break
-            together = list(group)
-            graphs = {}
-            for cell in together:
-                wanted = [column for column in columns if store.missing(cell, column)]
-                found = _graphs(store, weights[cell.dtype], cell, device, wanted)
-                graphs |= {(cell, column): graph for column, graph in found.items()}
-            if graphs:
-                for (cell, column), us in timing.time_graphs(graphs).items():
-                    store.update(cell, **{column: us})
-            progress.step(f"{cells[0].n}x{cells[0].k} M={m}", len(together))
+    for both, group in itertools.groupby(layers(library, work), lambda pair: pair[1]._replace(dtype="")):
+        if out_of_time():
+            break
+        graphs, count = {}, 0
+        for layer, cell in group:
+            wanted = [column for column in columns if store.missing(cell, column)]
+            found = _graphs(store, layer, cell, device, wanted)
+            graphs |= {(cell, column): graph for column, graph in found.items()}
+            count += 1
+        if graphs:
+            for (cell, column), us in timing.time_graphs(graphs).items():
+                store.update(cell, **{column: us})
+        progress.step(f"{both.n}x{both.k} M={both.m}", count)
     store.save()

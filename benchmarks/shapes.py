@@ -83,8 +83,8 @@ def cells(
     group_size: int = GROUP_SIZE,
     zeros: bool = False,
 ) -> list[Cell]:
-    """Every combination, shape by shape, so that a shape's weights are built once."""
-    return [Cell(s.n, s.k, m, dtype, group_size, zeros) for s in shapes for dtype in dtypes for m in tokens]
+    """Every combination, shape by shape, so that a shape's weights are built once; types of an M together."""
+    return [Cell(s.n, s.k, m, dtype, group_size, zeros) for s in shapes for m in tokens for dtype in dtypes]
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:

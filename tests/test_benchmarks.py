@@ -1,8 +1,10 @@
 """The arithmetic, the bookkeeping and the programs of the benchmarks; no figure is measured here."""
 
 import ctypes
+import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -296,6 +298,59 @@ class TestJit:
         assert weights.check(x, out, dtype) is None
         assert "error" in (weights.check(x, jnp.roll(out, 1, axis=1), dtype) or "")
         assert "error" in (weights.check(x, jnp.full_like(out, jnp.nan), dtype) or "")
+
+
+class TestGraph:
+    @pytest.fixture
+    def graph(self, monkeypatch):
+        """The module without a GPU: layers are their types, and every column takes its M."""
+        torch = types.SimpleNamespace(cuda=types.SimpleNamespace(empty_cache=lambda: None))
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        spec = importlib.util.find_spec("benchmarks.graph")
+        module = importlib.util.module_from_spec(spec)  # known to nobody else
+        spec.loader.exec_module(module)
+        self.built, self.timed = [], []
+
+        def layer(library, n, k, dtype, group_size, zeros):
+            self.built.append(dtype)
+            return dtype
+
+        def graphs(store, layer, cell, device, columns):
+            assert layer == cell.dtype
+            return dict.fromkeys(columns, cell.m)
+
+        def time_graphs(graphs):
+            self.timed.append([(cell.n, cell.m, cell.dtype) for cell, _ in graphs])
+            return graphs
+
+        module.warm_up, module.Layer, module._graphs = lambda: None, layer, graphs
+        monkeypatch.setattr(timing, "time_graphs", time_graphs)
+        return module
+
+    SHAPES = (Shape(256, 128), Shape(512, 128))
+    CELLS = shapes.cells(SHAPES, (1, 2, 1024), shapes.DTYPES)
+    LIBRARY = types.SimpleNamespace(current_device=lambda: None)
+
+    def test_both_types_are_timed_together_and_large_products_last(self, graph, tmp_path):
+        results = Store(tmp_path / "results.json", resume=False)
+        graph.measure(results, self.LIBRARY, self.CELLS, ["us"], lambda: False)
+        order = [(256, 1), (256, 2), (512, 1), (512, 2), (256, 1024), (512, 1024)]
+        assert self.timed == [[(n, m, dtype) for dtype in shapes.DTYPES] for n, m in order]
+        assert self.built == [*shapes.DTYPES] * 4  # of two shapes, twice
+        assert [row["us"] for row in results.rows()] == [1, 1, 2, 2, 1, 1, 2, 2, 1024, 1024, 1024, 1024]
+
+    def test_no_weights_are_made_for_what_there_is_no_time_for(self, graph, tmp_path):
+        results = Store(tmp_path / "results.json", resume=False)
+        graph.measure(results, self.LIBRARY, self.CELLS, ["us"], lambda: len(self.timed) == 1)
+        assert len(self.timed) == 1
+        assert self.built == [*shapes.DTYPES]
+
+    def test_what_is_measured_is_not_measured_again(self, graph, tmp_path):
+        results = Store(tmp_path / "results.json", resume=False)
+        for cell in self.CELLS[1:]:
+            results.update(cell, us=1.0)
+        graph.measure(results, self.LIBRARY, self.CELLS, ["us"], lambda: False)
+        assert self.timed == [[(256, 1, shapes.DTYPES[0])]]
 
 
 class TestSweep:
