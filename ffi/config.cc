@@ -171,7 +171,7 @@ bool IsInvariantDecode(const Config& config) {
 bool SumsInOneOrder(const Problem& p, int compute_capability, const Config& config) {
   if (HopperRefusal(p, compute_capability) == nullptr)
     return (config.family == Family::kWgmma && config.split_k == 1 && config.teams == 1 &&
-            !AlwaysFolds(config.tile_n, config.tile_m)) ||
+            !AlwaysFolds(config.tile_m)) ||
            config.family == Family::kPersistent;
   return IsInvariantDecode(config);
 }
@@ -215,7 +215,7 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
     if (p.out_dtype != p.x_dtype) return Refuse(config, "float32 output is not compiled in");
   }
   const bool any_group =
-      config.family == Family::kWgmma && !AlwaysFolds(config.tile_n, config.tile_m);
+      config.family == Family::kWgmma && !AlwaysFolds(config.tile_m);
   if (!any_group && p.group_size < p.k && p.group_size % kBlockK != 0)
     return Refuse(config, "group size is not a multiple of 64");
   return {};

@@ -190,6 +190,9 @@ struct WeightMaker {
   using T2 = typename Pair<T>::Type;
   using D = Dequantizer<T>;
 
+  // T((code - zero) * scale).
+  static constexpr bool kByOneFma = !std::is_same_v<T, __half> && !kHasZeros;
+
   // By one fma of a code's bits where that is exact: a float16 scale without zeros would have to be
   // below 2^-8 for it.
   static constexpr bool kFromBits = !std::is_same_v<T, __half> || kHasZeros;

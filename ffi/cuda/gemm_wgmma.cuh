@@ -107,6 +107,9 @@
 
 namespace w4a16 {
 
+template <typename T, bool kHasZeros>
+constexpr int kMostFoldedTokens = MostFoldedTokens(WeightMaker<T, kHasZeros, true>::kByOneFma);
+
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
   void (*kernel)(WgmmaMaps, WgmmaParams);
@@ -223,18 +226,18 @@ struct Consumer {
   static constexpr int kBlocks = Shape::kBlocks, kTileM = Shape::kTileM;
   static constexpr int kBatch = Shape::kBatch, kBuffers = Shape::kBuffers;
 
-  uint32_t shared;
-  uint32_t x;       // the descriptor of stage 0's x, but for its upper half
-  uint32_t codes;   // the lane's 16 bytes of the first block of stage 0
+  int team;
+  // Of the team's first stage:
+  uint64_t x;       // the descriptor of x
+  uint32_t codes;   // the lane's 16 bytes of the first block
   uint32_t scales;  // the scale of its row, of registers 0 and 2 of A; the others hold row + 8
+  uint32_t full;    // the barrier
   bool releases;    // arrives at empty[]
-  int first_slot;   // the team's
-  int slot = first_slot, previous = 0;
   uint32_t parity = 0;
   float acc[kTileM / 2] = {};
   uint32_t a[kBuffers][kBatch][4];  // A fragments: a register set for each k16 step
 
-  __device__ inline Factors LoadFactors(int part) {
+  __device__ inline Factors LoadFactors(int slot, int part) {
     Factors f;
     const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
 #pragma unroll
@@ -246,12 +249,12 @@ struct Consumer {
     return f;
   }
 
-  // The lane's codes of the current stage, a word for each k16 step.
+  // The lane's codes of a stage, a word for each k16 step.
   struct Codes {
     uint32_t word[4 * kBlocks];
   };
 
-  __device__ inline void LoadCodes(int block, Codes* c) {
+  __device__ inline void LoadCodes(int slot, int block, Codes* c) {
     const uint4 words = ptx::LoadShared128(codes + slot * (kBlocks * Shape::kCodeBytes) +
                                            block * Shape::kCodeBytes);
     c->word[4 * block] = words.x;
@@ -260,12 +263,13 @@ struct Consumer {
     c->word[4 * block + 3] = words.w;
   }
 
-  // The descriptor of the current stage's x.
-  __device__ inline uint64_t DescribeX() {
-    return ptx::DescriptorSwizzle128(0) | (x + slot * (kBlocks * Shape::kXBytes / 16));
+  // The descriptor of the stage's x. The compiler would keep those of all stages in registers.
+  __device__ inline uint64_t DescribeX(int slot) {
+    x = ptx::Opaque(x);
+    return x + slot * (kBlocks * Shape::kXBytes / 16);
   }
 
-  // Dequantises batch `number` of the current stage into its buffer, which must be free. Every
+  // Dequantises batch `number` of a stage into its buffer, which must be free. Every
   // kPart halves of blocks share factors, those of the first of them.
   template <int kPart>
   __device__ inline void DequantizeBatch(int number, const Codes& c,
@@ -304,15 +308,10 @@ struct Consumer {
     for (int i = 0; i < kBuffers; ++i) ptx::KeepAlive(a[i]);
   }
 
-  __device__ inline void Acquire() { ptx::MbarrierWait(Shape::Full(shared, slot), parity); }  // S1
+  __device__ inline void Acquire(int slot) { ptx::MbarrierWait(full + 8 * slot, parity); }  // S1
 
-  __device__ inline void Advance() {
-    previous = slot;
-    slot += Shape::kTeams;
-    if (slot == Shape::kStages + first_slot) {
-      slot = first_slot;
-      parity ^= 1;
-    }
+  __device__ inline void Release(int slot) {  // S2
+    if (releases) ptx::MbarrierArrive(full + 8 * (Shape::kStages + slot));
   }
 
   // acc += scale * sums.
@@ -326,20 +325,20 @@ struct Consumer {
     for (int i = 0; i < kTileM / 2; ++i) acc[i] = fmaf(scale[i / 2 % 2], sums[i], acc[i]);
   }
 
-  // The first kCount blocks of the current stage, which is released.
+  // The first kCount blocks of a stage, which is released.
   template <int kPart, int kCount>
-  __device__ inline void FoldStage(float (&sums)[kTileM / 2]) {
+  __device__ inline void FoldStage(int slot, float (&sums)[kTileM / 2]) {
     constexpr int kPerBlock = 4 / kBatch, kPerPart = kPart * kPerBlock / 2;
     Codes c;
     Factors f[2 * kBlocks];
-    Acquire();
-    LoadCodes(0, &c);
-    f[0] = LoadFactors(0);
-    const uint64_t stage_x = DescribeX();
+    Acquire(slot);
+    LoadCodes(slot, 0, &c);
+    f[0] = LoadFactors(slot, 0);
+    const uint64_t stage_x = DescribeX(slot);
 #pragma unroll
     for (int i = 0; i < kCount * kPerBlock; ++i) {
       if (i > 0 && i % kPerPart == 0) {
-        f[2] = LoadFactors(1);
+        f[2] = LoadFactors(slot, 1);
         WaitForAll();
         Fold(sums, f[0]);
       } else if (i % kPerPart >= kBuffers) {
@@ -347,11 +346,64 @@ struct Consumer {
       }
       DequantizeBatch<kPart>(i, c, f);
       StartBatch(i, stage_x, sums, i % kPerPart > 0);
-      if (i == kPerBlock - 1 && kCount == 2) LoadCodes(1, &c);
+      if (i == kPerBlock - 1 && kCount == 2) LoadCodes(slot, 1, &c);
     }
     WaitForAll();
-    if (releases) ptx::MbarrierArrive(Shape::Empty(shared, slot));  // S2
+    Release(slot);
     Fold(sums, f[kPart == 2 ? 2 * (kCount - 1) : 0]);
+  }
+
+  // The first kCount blocks of a stage. The previous one is released once its wgmmas are done.
+  template <int kPart, int kCount>
+  __device__ inline void ScaleStage(int slot, bool release_previous) {
+    constexpr int kAtOnce = Shape::kHasZeros ? 1 : kCount;  // zeros leave too few registers
+    Codes c;
+    Factors f[2 * kBlocks];
+    const auto load = [&](int block) {
+      LoadCodes(slot, block, &c);
+#pragma unroll
+      for (int i = 2 * block; i < 2 * block + 2; ++i) {
+        if (i % kPart == 0) f[i] = LoadFactors(slot, i / kPart);
+      }
+    };
+    Acquire(slot);
+#pragma unroll
+    for (int block = 0; block < kAtOnce; ++block) load(block);
+    const uint64_t stage_x = DescribeX(slot);
+#pragma unroll
+    for (int i = 0; i < kCount * 4 / kBatch; ++i) {
+      if (const int next = i / 2 + 1; i % 2 == 1 && next >= kAtOnce && next < kCount) load(next);
+      WaitForBuffer(i);
+      if (i == kBuffers - 1 && release_previous)  // S2: none but this stage's in flight
+        Release((slot > 0 ? slot : Shape::kStages) - Shape::kTeams);
+      DequantizeBatch<kPart>(i, c, f);
+      StartBatch(i, stage_x, acc, true);
+    }
+  }
+
+  // Calls stage(slot, is_first, count) for the team's stages out of `blocks` blocks, a last one of
+  // one block included. Whole rounds of them are unrolled: what depends on the slot is then part of
+  // the instructions.
+  template <typename Stage>
+  __device__ inline void ForEachStage(int blocks, const Stage& stage) {
+    constexpr int kStride = Shape::kTeams * kBlocks, kRound = Shape::kStages * kBlocks;
+    bool is_first = true;
+    blocks -= team * kBlocks;
+#pragma unroll 1
+    for (; blocks >= kRound - kStride + kBlocks; blocks -= kRound) {
+#pragma unroll
+      for (int slot = 0; slot < Shape::kStages; slot += Shape::kTeams)
+        stage(std::integral_constant<int, kBlocks>(), slot, slot == 0 && is_first);
+      parity ^= 1;
+      is_first = false;
+    }
+    int slot = 0;
+#pragma unroll 1
+    for (; blocks >= kBlocks; blocks -= kStride) {
+      stage(std::integral_constant<int, kBlocks>(), slot, slot == 0 && is_first);
+      slot += Shape::kTeams;
+    }
+    if (blocks > 0) stage(std::integral_constant<int, 1>(), slot, slot == 0 && is_first);
   }
 
   // As Run; kPart is 2 or 4.
@@ -359,36 +411,9 @@ struct Consumer {
   __device__ inline void RunFolded(int blocks) {
     float sums[kTileM / 2];
     ptx::Undefined(sums);
-    const int stages = blocks / 2;
-    int stage = first_slot;
-#pragma unroll 1
-    for (; stage < stages; stage += Shape::kTeams) {
-      FoldStage<kPart, 2>(sums);
-      Advance();
-    }
-    if (blocks % 2 == 1 && stage == stages) FoldStage<kPart, 1>(sums);
-  }
-
-  // The first kCount blocks of the current stage. The previous one is released once its wgmmas are
-  // done.
-  template <int kPart, int kCount>
-  __device__ inline void ScaleStage(bool release_previous) {
-    Codes c;
-    Factors f[2 * kBlocks];
-    Acquire();
-#pragma unroll
-    for (int b = 0; b < kCount; ++b) LoadCodes(b, &c);
-#pragma unroll
-    for (int i = 0; i < 2 * kCount; i += kPart) f[i] = LoadFactors(i / kPart);
-    const uint64_t stage_x = DescribeX();
-#pragma unroll
-    for (int i = 0; i < kCount * 4 / kBatch; ++i) {
-      WaitForBuffer(i);
-      if (i == kBuffers - 1 && release_previous && releases)  // S2: none but this stage's in flight
-        ptx::MbarrierArrive(Shape::Empty(shared, previous));
-      DequantizeBatch<kPart>(i, c, f);
-      StartBatch(i, stage_x, acc, true);
-    }
+    ForEachStage(blocks, [&](auto count, int slot, bool) {
+      FoldStage<kPart, count>(slot, sums);
+    });
   }
 
   // The team's stages of `blocks` blocks. Runs of kPart x 32 codes lie in one group. A team's last
@@ -398,14 +423,9 @@ struct Consumer {
     static_assert(4 % (kBatch * kBuffers) == 0);  // a stage begins with the first buffer
 #pragma unroll
     for (int i = 0; i < kBuffers * kBatch * 4; ++i) a[i / 4 / kBatch][i / 4 % kBatch][i % 4] = 0;
-    bool first = true;
-#pragma unroll 1
-    for (blocks -= first_slot * kBlocks; blocks >= kBlocks; blocks -= Shape::kTeams * kBlocks) {
-      ScaleStage<kPart, kBlocks>(!first);
-      first = false;
-      Advance();
-    }
-    if (blocks > 0) ScaleStage<kPart, 1>(!first);
+    ForEachStage(blocks, [&](auto count, int slot, bool is_first) {
+      ScaleStage<kPart, count>(slot, !is_first);
+    });
     WaitForAll();
     ptx::Settle(acc);
   }
@@ -484,23 +504,25 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
     if constexpr (!Shape::kMeetsLate) ptx::ClusterWait();  // S5
   }
   const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
-  const int block_row = warp - team * kTeamWarps;
+  const int block_row = warp - team * kTeamWarps, first = team * Shape::kBlocks;  // block
   Consumer<T, Shape> consumer{
-      .shared = shared,
-      .x = ptx::Opaque(static_cast<uint32_t>(ptx::DescriptorSwizzle128(shared + Shape::kXOffset))),
-      .codes = shared + Shape::kCodeOffset + block_row * kBlockBytes + lane * 16,
-      .scales = shared + Shape::kScaleOffset + (16 * block_row + lane / 4) * 2,
+      .team = team,
+      .x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + first * Shape::kXBytes),
+      .codes = shared + Shape::kCodeOffset + first * Shape::kCodeBytes + block_row * kBlockBytes +
+               lane * 16,
+      .scales = shared + Shape::kScaleOffset + team * (Shape::kScaleRows * Shape::kRowBytes) +
+                (16 * block_row + lane / 4) * 2,
+      .full = Shape::Full(shared, team),
       .releases = lane < Shape::kReleasingLanes,
-      .first_slot = team,
   };
   const auto consume = [&] {
     const int blocks = min(end * Shape::kBlocks, static_cast<int>(blocks_k)) -
                        min(begin * Shape::kBlocks, static_cast<int>(blocks_k));
     if constexpr (Shape::kFolds) {
-      if (run_shift == 2)
-        consumer.template RunFolded<4>(blocks);
-      else
+      if (run_shift == 1)
         consumer.template RunFolded<2>(blocks);
+      else
+        consumer.template RunFolded<4>(blocks);
     } else {
       if (run_shift == 0)
         consumer.template Run<1>(blocks);
@@ -554,7 +576,7 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, TEAMS, ...)                                           \
-  if constexpr (kFolds ? M <= kMostFoldedTokens : !AlwaysFolds(N, M)) {                        \
+  if constexpr (kFolds ? M <= kMostFoldedTokens<T, kHasZeros> : !AlwaysFolds(M)) {             \
     if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                 \
         config.split_k == SPLIT && config.teams == TEAMS) {                                    \
       using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, TEAMS>::Type; \

@@ -291,9 +291,10 @@ __device__ inline void KeepAlive(const uint32_t (&r)[kBuffers][kRegisters]) {
   for (int i = 0; i < kBuffers; ++i) KeepAlive(r[i]);
 }
 
-// The same value, of which the compiler knows nothing: sums with it stay single instructions.
-__device__ inline uint32_t Opaque(uint32_t value) {
-  asm("" : "+r"(value));
+// The same value, of which the compiler knows nothing: what is computed of it is so here, by single
+// instructions, and not kept in registers from somewhere before.
+__device__ inline uint64_t Opaque(uint64_t value) {
+  asm volatile("" : "+l"(value));
   return value;
 }
 

@@ -130,7 +130,7 @@ struct WgmmaShape {
   static constexpr int MostCtas(int ctas) {
     return ctas == 0 || Fits(ctas, 1) ? ctas : MostCtas(ctas - 1);
   }
-  static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 3);
+  static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 4);
   static constexpr int kRegisterCtas = kFolds ? kCtasPerSm : 1;
   static constexpr bool kReallocate = LaunchRegisters(kRegisterCtas) < kRegisters;
   static constexpr int kConsumerRegisters = ConsumerRegisters(kRegisterCtas);
