@@ -293,15 +293,16 @@ def measure(
     work = [cell for cell in todo if any(store.missing(cell, column) for column in columns)]
     work.sort(key=lambda cell: cell.m > MOST_TOKENS_COOL)
     progress = Progress(len(work), "graphs")
-    for both, group in itertools.groupby(layers(library, work), lambda pair: pair[1]._replace(dtype="")):
+    with_layers = layers(library, work)
+    for both, cells in itertools.groupby(work, lambda cell: cell._replace(dtype="")):
         if out_of_time():
             break
-        graphs, count = {}, 0
-        for layer, cell in group:
+        graphs, count = {}, len(list(cells))
+        # No further: the next shape's weights take the place of these.
+        for layer, cell in itertools.islice(with_layers, count):
             wanted = [column for column in columns if store.missing(cell, column)]
             found = _graphs(store, layer, cell, device, wanted)
             graphs |= {(cell, column): graph for column, graph in found.items()}
-            count += 1
         if graphs:
             for (cell, column), us in timing.time_graphs(graphs).items():
                 store.update(cell, **{column: us})

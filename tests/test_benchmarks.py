@@ -309,7 +309,7 @@ class TestGraph:
         spec = importlib.util.find_spec("benchmarks.graph")
         module = importlib.util.module_from_spec(spec)  # known to nobody else
         spec.loader.exec_module(module)
-        self.built, self.timed = [], []
+        self.built, self.timed, self.built_by_then = [], [], []
 
         def layer(library, n, k, dtype, group_size, zeros):
             self.built.append(dtype)
@@ -321,6 +321,7 @@ class TestGraph:
 
         def time_graphs(graphs):
             self.timed.append([(cell.n, cell.m, cell.dtype) for cell, _ in graphs])
+            self.built_by_then.append(len(self.built))
             return graphs
 
         module.warm_up, module.Layer, module._graphs = lambda: None, layer, graphs
@@ -337,6 +338,7 @@ class TestGraph:
         order = [(256, 1), (256, 2), (512, 1), (512, 2), (256, 1024), (512, 1024)]
         assert self.timed == [[(n, m, dtype) for dtype in shapes.DTYPES] for n, m in order]
         assert self.built == [*shapes.DTYPES] * 4  # of two shapes, twice
+        assert self.built_by_then == [2, 2, 4, 4, 6, 8]  # a graph's weights are there when it is timed
         assert [row["us"] for row in results.rows()] == [1, 1, 2, 2, 1, 1, 2, 2, 1024, 1024, 1024, 1024]
 
     def test_no_weights_are_made_for_what_there_is_no_time_for(self, graph, tmp_path):
