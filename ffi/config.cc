@@ -214,8 +214,7 @@ Status CanServe(const Problem& p, const Device& device, const Config& config) {
     if (p.has_zeros) return Refuse(config, "zero points are not compiled into the CUTLASS kernels");
     if (p.out_dtype != p.x_dtype) return Refuse(config, "float32 output is not compiled in");
   }
-  const bool any_group =
-      config.family == Family::kWgmma && !AlwaysFolds(config.tile_m);
+  const bool any_group = config.family == Family::kWgmma && !AlwaysFolds(config.tile_m);
   if (!any_group && p.group_size < p.k && p.group_size % kBlockK != 0)
     return Refuse(config, "group size is not a multiple of 64");
   return {};

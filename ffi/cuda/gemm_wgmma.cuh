@@ -35,35 +35,42 @@
 // A has been read, that is, until the wgmma before it is done; and one of n tokens takes n / 4 + 4
 // of the cycles in which a quarter of an SM issues instructions. From four warpgroups an SM on, a
 // 64 x 64 block takes about 4 * (n / 4 + 4) cycles and one for each instruction of a warp, but at
-// least 2 * n, the tensor cores' time (53 at 16): without copies 102, 114, 138 and 160 at 16, 32,
-// 48 and 64 tokens, 257 at 128. So instructions count, 70 a block folded and 80 not: descriptors
-// are one sum, waits are one for two wgmmas, codes become numbers by 9 instructions for 8 codes.
-// Leaving out code - zero in favour of sums of x would save 14 of them, but the wgmma that adds
+// least 2 * n, the tensor cores' time (53 at 16). So instructions count: descriptors are one sum,
+// waits are one for two wgmmas, codes become numbers by 9 instructions for 8 codes, and whole
+// rounds of stages are unrolled, so that what depends on the slot is part of the instructions. That
+// left 54 a block of 64 in bfloat16, 69 of 80 in float16, 60 of 70 folded (32 tokens), and took 2
+// to 7% off tiles of 16 to 48 tokens, 1 to 4% off those of 64 (eight sizes). ptxas finds too few
+// registers for some lines (256x64) then, and adds descriptors in three instructions in some
+// branches. Leaving out code - zero in favour of sums of x would save 14, but the wgmma that adds
 // these and the warps that form them cost as much. Two tiles of rows a warpgroup: 2% less. With one
-// or two warpgroups an SM it is latency that counts, and teams do better with four wgmmas at once.
-// Small problems are bound by what comes before and after the loop: at 4096 x 4096, 64 tokens,
-// 3,900 of a CTA's 9,400 cycles, of which the first stage takes 1,250 to come, and sums 450 from
-// CTA to CTA, be they few. So a release at the cluster's scope, which waits for all that the thread
-// has in flight, gives way to st.async; teams add up before they send; what the end needs is found
-// while the first stage is on its way, without divisions; whole rows are stored where a CTA has all
-// sums. That took 12% off there, 5% in the mean of eight sizes at 64 and 128 tokens, 2% at 32. The
-// end run once by an idle producer, so that its instructions are in the cache, gained nothing, and
-// codes asked of L2 before the barriers exist cost 2 to 7%. The same loop is up to 7% slower in
-// some builds than in others (192 x 64), for no reason that was found. ptxas serialises wgmmas
-// where sums are read after a wait in another iteration, or where one kernel holds both ways: hence
-// a drain for every group, and kernels of their own. x through L2 bounds tiles of 64 rows: with
-// copies alone, all SMs together draw 13 TB/s while they ask for the same x at the same time, but 9
-// where each starts elsewhere in K, and the kernel takes about as long as the latter. 128 CTAs in
-// clusters of four, one to an SM, take two waves. Copies alone of 64 x 64 tiles, one CTA an SM: 265
-// ns a stage where one warp starts them all, 155 where three do. One warpgroup alone takes 270
-// cycles for a 64 x 64 block, two teams 220 for one. x shared by multicast along N (clusters of
-// two, one producer): copies alone take up to 1.5 times as long (an SM takes in 67 bytes a cycle at
-// best without, 47 with); of some 30 lines none was the best of any size, and most were 2 to 60%
-// slower than the same tile without. Tiles of 96, 160 and 224 rows, of which 28672 rows make 128
-// instead of 112, take as long as those of the next 64: with two warps of a warpgroup idle in turn,
-// and longer with mma.sync for the last 32 rows, which waits for others' wgmmas. On large layers
-// the card's power limit then sets the time, by all the work there is, however it is shared out: at
-// 8192 x 28672, after 0.25 s, M = 32 runs at 1.58 GHz instead of 1.98, M = 128 at 1.43.
+// or two warpgroups an SM it is latency that counts. Four wgmmas at once: better for teams that
+// fold, no better otherwise. Small problems are bound by what comes before and after the loop: at
+// 4096 x 4096, 64 tokens, 3,900 of a CTA's 9,400 cycles, of which the first stage takes 1,250 to
+// come, and sums 450 from CTA to CTA, be they few. So a release at the cluster's scope, which waits
+// for all that the thread has in flight, gives way to st.async; teams add up before they send; what
+// the end needs is found while the first stage is on its way, without divisions; whole rows are
+// stored where a CTA has all sums. That took 12% off there, 5% in the mean of eight sizes at 64 and
+// 128 tokens, 2% at 32. The end run once by an idle producer, so that its instructions are in the
+// cache, gained nothing, and codes asked of L2 before the barriers exist cost 2 to 7%. The same
+// loop is up to 7% slower in some builds than in others (192 x 64), for no reason that was found.
+// ptxas serialises wgmmas where sums are read after a wait in another iteration, or where one
+// kernel holds both ways: hence a drain for every group, and kernels of their own. x through L2
+// bounds tiles of 64 rows: with copies alone, all SMs together draw 13 TB/s while they ask for the
+// same x at the same time, but 9 where each starts elsewhere in K, and the kernel takes about as
+// long as the latter. 128 CTAs in clusters of four, one to an SM, take two waves. Copies alone of
+// 64 x 64 tiles, one CTA an SM: 265 ns a stage where one warp starts them all, 155 where three do.
+// One warpgroup alone takes 270 cycles for a 64 x 64 block, two teams 220 for one. x shared by
+// multicast along N (clusters of two, one producer): copies alone take up to 1.5 times as long (an
+// SM takes in 67 bytes a cycle at best without, 47 with); of some 30 lines none was the best of any
+// size, and most were 2 to 60% slower than the same tile without. Tiles of 96, 160 and 224 rows, of
+// which 28672 rows make 128 instead of 112, take as long as those of the next 64: with two warps of
+// a warpgroup idle in turn, and longer with mma.sync for the last 32 rows, which waits for others'
+// wgmmas. On large layers the card's power limit then sets the time, by all the work there is,
+// however it is shared out: at 8192 x 28672, after 0.25 s, M = 32 runs at 1.58 GHz instead of 1.98,
+// M = 128 at 1.43. A product in bfloat16 takes 33 mJ there at M = 32, 43 at 64, 71 at 128 (22 at M
+// = 1): reading memory 14, what the card draws idle 6, 8 and 13, copies of x and into shared memory
+// 4, 6 and 14, the rest products; dequantising alone 1.5. In float16 products take 1, 4 and 5 more.
+// (Before unrolling.)
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -411,9 +418,7 @@ struct Consumer {
   __device__ inline void RunFolded(int blocks) {
     float sums[kTileM / 2];
     ptx::Undefined(sums);
-    ForEachStage(blocks, [&](auto count, int slot, bool) {
-      FoldStage<kPart, count>(slot, sums);
-    });
+    ForEachStage(blocks, [&](auto count, int slot, bool) { FoldStage<kPart, count>(slot, sums); });
   }
 
   // The team's stages of `blocks` blocks. Runs of kPart x 32 codes lie in one group. A team's last
