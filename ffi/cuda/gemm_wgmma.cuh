@@ -363,6 +363,7 @@ struct Consumer {
   // The first kCount blocks of a stage. The previous one is released once its wgmmas are done.
   template <int kPart, int kCount>
   __device__ inline void ScaleStage(int slot, bool release_previous) {
+    constexpr int kPerBlock = 4 / kBatch;
     constexpr int kAtOnce = Shape::kHasZeros ? 1 : kCount;  // zeros leave too few registers
     Codes c;
     Factors f[2 * kBlocks];
@@ -378,8 +379,9 @@ struct Consumer {
     for (int block = 0; block < kAtOnce; ++block) load(block);
     const uint64_t stage_x = DescribeX(slot);
 #pragma unroll
-    for (int i = 0; i < kCount * 4 / kBatch; ++i) {
-      if (const int next = i / 2 + 1; i % 2 == 1 && next >= kAtOnce && next < kCount) load(next);
+    for (int i = 0; i < kCount * kPerBlock; ++i) {
+      const int next = i / kPerBlock + 1;
+      if ((i + 1) % kPerBlock == 0 && next >= kAtOnce && next < kCount) load(next);
       WaitForBuffer(i);
       if (i == kBuffers - 1 && release_previous)  // S2: none but this stage's in flight
         Release((slot > 0 ? slot : Shape::kStages) - Shape::kTeams);
@@ -388,7 +390,7 @@ struct Consumer {
     }
   }
 
-  // Calls stage(slot, is_first, count) for the team's stages out of `blocks` blocks, a last one of
+  // Calls stage(count, slot, is_first) for the team's stages out of `blocks` blocks, a last one of
   // one block included. Whole rounds of them are unrolled: what depends on the slot is then part of
   // the instructions.
   template <typename Stage>
