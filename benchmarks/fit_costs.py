@@ -3,7 +3,7 @@
     python -m benchmarks.fit_costs [--sweep results/h200_sweep.json ...] [--refine SEED [--lines decode,x16_]]
         [--write]
 
-A configuration's time is modelled as start + max(waves, fill) * steps * step + waves * tile; heuristics.cc
+A configuration's time is modelled as start + max(load, fill) * steps * step + waves * tile; heuristics.cc
 says what these are. For ragged products, whose sweep is results/h200_moe.json, waves are the tiles that so
 many rows make on average, over the SMs. Each configuration is fitted alone, over all rows of whatever type,
 by least squares of the relative error with costs of at least 0. --refine starts from the costs that are there
@@ -42,7 +42,7 @@ POWER = 2  # of best / us, which weighs a measurement
 NEAR, FEW, NEAREST = 1.5, 8, 12
 REFINE_ROUNDS, REFINE_TRIES, REFINE_LEAST, REFINE_NEAR = 30, 6, 1e-5, 1.2
 REFINED = "wgmma,persistent,cutlass"
-FILLS = (1, 1.15, 1.5, 2, 2.4)  # persistent kernels: 0, for their waves may be fractions
+FILLS = (0.65, 0.8, 1, 1.15, 1.5, 2, 2.4)  # persistent kernels: 0, for their waves may be fractions
 
 
 def terms(config: dict, fill: float, n: int, k: int, m: int, experts: int = 0) -> np.ndarray:
@@ -63,7 +63,9 @@ def terms(config: dict, fill: float, n: int, k: int, m: int, experts: int = 0) -
         waves = ceil_div(tiles * config["split_k"], SMS)
         if waves > config["resident"]:
             waves = ceil_div(waves, config["resident"]) * config["resident"]
-    return np.array([1, max(waves, fill) * steps, waves])
+    ctas = tiles * config["split_k"]
+    load = ctas / SMS if config["family"] == "decode" and ctas < SMS else waves
+    return np.array([1, max(load, fill) * steps, waves])
 
 
 def expected_tiles(m: int, experts: int, tile_m: int) -> float:

@@ -80,6 +80,7 @@ class Graph:
     def __init__(self, call: Callable[[int], Any], copies: int):
         import torch  # pyright: ignore[reportMissingImports]
 
+        self._call = call  # holds the memory that the graph reads and writes
         # The first call, on the stream of the capture, loads the kernel and makes the libraries
         # allocate what they keep for that stream; neither is allowed while capturing.
         stream = _capture_stream()

@@ -11,14 +11,16 @@ namespace {
 
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
-// Predicted time of `config` in microseconds: start + max(waves, fill) * steps * step + waves *
+// Predicted time of `config` in microseconds: start + max(load, fill) * steps * step + waves *
 // tile. A step is one block of 64 codes of K; waves is the most CTAs that any SM runs, one after
-// another or at once: fewer than `fill` do not keep it busy, and where `resident` run at once,
-// those left over from whole rounds take as long as a round: the SMs that are done first get them
-// all (64x128 at N = K = 8192, H200: 52 us for two waves, 152 for four). A persistent kernel's last
-// wave may be a fraction (gemm_persistent.h). Stream-K shares the tiles out evenly, and pays for
-// the sums it cuts. The costs lie beside each line of configs.inc, with where they were measured;
-// benchmarks/fit_costs.py has the twin of this.
+// another or at once, and load is the same, but where decode has fewer CTAs than there are SMs the
+// share that has one: they have the memory to themselves. What is below `fill` does not keep SMs,
+// or the memory, busy. Where `resident` CTAs run at once, those left over from whole rounds take as
+// long as a round: the SMs that are done first get them all (64x128 at N = K = 8192, H200: 52 us
+// for two waves, 152 for four). A persistent kernel's last wave may be a fraction
+// (gemm_persistent.h). Stream-K shares the tiles out evenly, and pays for the sums it cuts. The
+// costs lie beside each line of configs.inc, with where they were measured; benchmarks/fit_costs.py
+// has the twin of this.
 double PredictedUs(const Problem& p, const Device& device, const Config& config) {
   const int64_t tiles = RoundUp(CeilDiv(p.n, config.tile_n), config.cluster_n) *
                         RoundUp(CeilDiv(p.m, config.tile_m), config.cluster_m);
@@ -32,13 +34,17 @@ double PredictedUs(const Problem& p, const Device& device, const Config& config)
     return config.start_us + share * static_cast<double>(steps) * config.step_ns * 1e-3 +
            (share + 1) * config.tile_us;
   }
-  int64_t ctas = CeilDiv(tiles * config.split_k, sms);  // of an SM
-  if (ctas > config.resident) ctas = RoundUp(ctas, config.resident);
+  const int64_t ctas = tiles * config.split_k;
+  int64_t most = CeilDiv(ctas, sms);  // of an SM
+  if (most > config.resident) most = RoundUp(most, config.resident);
   const double waves = config.family == Family::kPersistent
                            ? SchedulePersistent(p, config, device.num_sms).waves
-                           : static_cast<double>(ctas);
+                           : static_cast<double>(most);
+  const double load = config.family == Family::kDecode && ctas < sms
+                          ? static_cast<double>(ctas) / static_cast<double>(sms)
+                          : waves;
   return config.start_us +
-         std::max<double>(waves, config.fill) * static_cast<double>(steps) * config.step_ns * 1e-3 +
+         std::max<double>(load, config.fill) * static_cast<double>(steps) * config.step_ns * 1e-3 +
          waves * config.tile_us;
 }
 
