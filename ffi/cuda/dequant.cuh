@@ -190,7 +190,7 @@ struct WeightMaker {
   using T2 = typename Pair<T>::Type;
   using D = Dequantizer<T>;
 
-  // T((code - zero) * scale).
+  // Whether one fma makes T((code - zero) * scale) of a code's bits.
   static constexpr bool kByOneFma = !std::is_same_v<T, __half> && !kHasZeros;
 
   // By one fma of a code's bits where that is exact: a float16 scale without zeros would have to be
@@ -218,7 +218,7 @@ struct WeightMaker {
     for (int i = 0; i < 4; ++i) {
       const int r = i & 1;
       T2 value = reinterpret_cast<const T2&>(to[i]);
-      if constexpr (kFromBits && kScale && !kHasZeros) {
+      if constexpr (kScale && kByOneFma) {
         value = __hfma2(value, __hmul2(Splat(f.scale[r]), Splat(D::BitsToUnits(r))),
                         __hmul2(Splat(f.scale[r]), Splat(D::kMinusEightUnits)));
       } else if constexpr (kFromBits) {
