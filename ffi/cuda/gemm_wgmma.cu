@@ -14,7 +14,7 @@ namespace {
 // the weights into the next.
 int ScaleBoxRows(const Problem& p, const Config& config, int blocks, int64_t weights) {
   const int64_t stage_k = blocks * kBlockK;
-  if (!HasScaleBoxes(config.tile_n)) return 0;
+  if (!HasScaleBoxes(RowsOfCta(config.tile_n, config.split_k))) return 0;
   if (NumGroups(p) == 1 || p.group_size % stage_k == 0) return 1;
   if (stage_k % p.group_size != 0 || (weights > 1 && p.k % stage_k != 0)) return 0;
   return static_cast<int>(stage_k / p.group_size);
@@ -61,15 +61,20 @@ Status EncodeMaps(const Problem& p, const Operands& o, const Config& config,
     maps->codes = maps->x;
     return {};
   }
-  if (Status s = EncodeTensorMapOfCodes(o.qweight, p.n, weights * BlocksK(p.k) * kBlockK,
-                                        config.tile_n / kBlockN, blocks, &maps->codes);
-      !s.ok())
-    return s;
+  const int rows = RowsOfCta(config.tile_n, config.split_k);
+  const auto encode_codes = [&](int box_rows, int box_blocks, CUtensorMap* map) {
+    return EncodeTensorMapOfCodes(o.qweight, p.n, weights * BlocksK(p.k) * kBlockK,
+                                  box_rows / kBlockN, box_blocks, map);
+  };
+  if (Status s = encode_codes(rows, blocks, &maps->codes); !s.ok()) return s;
+  if (DealsRows(config.tile_n, config.split_k)) {
+    if (Status s = encode_codes(rows - 64, 1, &maps->own_codes); !s.ok()) return s;
+  }
   const int box_rows = ScaleBoxRows(p, config, blocks, weights);
   if (box_rows == 0) return {};
   const auto encode = [&](const void* data, CUtensorMap* map) {
-    return EncodeTensorMapOfScales(data, p.x_dtype, weights * NumGroups(p), p.n, box_rows,
-                                   config.tile_n, map);
+    return EncodeTensorMapOfScales(data, p.x_dtype, weights * NumGroups(p), p.n, box_rows, rows,
+                                   map);
   };
   if (Status s = encode(o.scales, &maps->scales); !s.ok()) return s;
   return p.has_zeros ? encode(o.zeros, &maps->zeros) : Status{};

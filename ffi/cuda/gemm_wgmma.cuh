@@ -31,46 +31,61 @@
 //   added up, in the order of ranks. Every element is summed and written by one thread, or by two
 //   in the same way (FirstToken), so its bits do not depend on timing.
 //
-// Measured on an H200: a wgmma whose A is in registers holds up its warp's next instructions until
-// A has been read, that is, until the wgmma before it is done; and one of n tokens takes n / 4 + 4
-// of the cycles in which a quarter of an SM issues instructions. From four warpgroups an SM on, a
-// 64 x 64 block takes about 4 * (n / 4 + 4) cycles and one for each instruction of a warp, but at
-// least 2 * n, the tensor cores' time (53 at 16). So instructions count: descriptors are one sum,
-// waits are one for two wgmmas, codes become numbers by 9 instructions for 8 codes, and whole
-// rounds of stages are unrolled, so that what depends on the slot is part of the instructions. That
-// left 54 a block of 64 in bfloat16, 69 of 80 in float16, 60 of 70 folded (32 tokens), and took 2
-// to 7% off tiles of 16 to 48 tokens, 1 to 4% off those of 64 (eight sizes). ptxas finds too few
-// registers for some lines (256x64) then, and adds descriptors in three instructions in some
-// branches. Leaving out code - zero in favour of sums of x would save 14, but the wgmma that adds
-// these and the warps that form them cost as much. Two tiles of rows a warpgroup: 2% less. With one
-// or two warpgroups an SM it is latency that counts. Four wgmmas at once: better for teams that
-// fold, no better otherwise. Small problems are bound by what comes before and after the loop: at
-// 4096 x 4096, 64 tokens, 3,900 of a CTA's 9,400 cycles, of which the first stage takes 1,250 to
-// come, and sums 450 from CTA to CTA, be they few. So a release at the cluster's scope, which waits
-// for all that the thread has in flight, gives way to st.async; teams add up before they send; what
-// the end needs is found while the first stage is on its way, without divisions; whole rows are
-// stored where a CTA has all sums. That took 12% off there, 5% in the mean of eight sizes at 64 and
-// 128 tokens, 2% at 32. The end run once by an idle producer, so that its instructions are in the
-// cache, gained nothing, and codes asked of L2 before the barriers exist cost 2 to 7%. The same
-// loop is up to 7% slower in some builds than in others (192 x 64), for no reason that was found.
-// ptxas serialises wgmmas where sums are read after a wait in another iteration, or where one
-// kernel holds both ways: hence a drain for every group, and kernels of their own. x through L2
-// bounds tiles of 64 rows: with copies alone, all SMs together draw 13 TB/s while they ask for the
-// same x at the same time, but 9 where each starts elsewhere in K, and the kernel takes about as
-// long as the latter. 128 CTAs in clusters of four, one to an SM, take two waves. Copies alone of
-// 64 x 64 tiles, one CTA an SM: 265 ns a stage where one warp starts them all, 155 where three do.
-// One warpgroup alone takes 270 cycles for a 64 x 64 block, two teams 220 for one. x shared by
-// multicast along N (clusters of two, one producer): copies alone take up to 1.5 times as long (an
-// SM takes in 67 bytes a cycle at best without, 47 with); of some 30 lines none was the best of any
-// size, and most were 2 to 60% slower than the same tile without. Tiles of 96, 160 and 224 rows, of
-// which 28672 rows make 128 instead of 112, take as long as those of the next 64: with two warps of
-// a warpgroup idle in turn, and longer with mma.sync for the last 32 rows, which waits for others'
-// wgmmas. On large layers the card's power limit then sets the time, by all the work there is,
-// however it is shared out: at 8192 x 28672, after 0.25 s, M = 32 runs at 1.58 GHz instead of 1.98,
-// M = 128 at 1.43. A product in bfloat16 takes 33 mJ there at M = 32, 43 at 64, 71 at 128 (22 at M
-// = 1): reading memory 14, what the card draws idle 6, 8 and 13, copies of x and into shared memory
-// 4, 6 and 14, the rest products; dequantising alone 1.5. In float16 products take 1, 4 and 5 more.
-// (Before unrolling.)
+//   Dealing (kSplitK == 2, an odd number of blocks of 64 rows, more than four): a cluster's CTAs
+//   share the tile's rows rather than K. Each takes all of K for half of the blocks; the one in the
+//   middle is both CTAs', which take every second stage of it each, and is finished like split-K.
+//   So an SM may have 3.5 blocks of rows: 64 clusters of 448 rows keep 128 of 132 SMs busy with
+//   28672 rows, which 112 CTAs of 256 did not, and x comes to an SM once for all its rows.
+//
+// What bounds it, measured on an H200:
+//
+//   Instructions. A wgmma whose A is in registers holds up its warp's next instructions until A has
+//   been read, that is, until the wgmma before it is done; and one of n tokens takes n / 4 + 4 of
+//   the cycles in which a quarter of an SM issues instructions. From four warpgroups an SM on, a 64
+//   x 64 block takes about 4 * (n / 4 + 4) cycles and one for each instruction of a warp, but at
+//   least 2 * n, the tensor cores' time (53 at 16). With one or two warpgroups it is latency that
+//   counts: one alone takes 270 cycles for a block, two teams 220. So descriptors are one sum,
+//   waits are one for two wgmmas, codes become numbers by 9 instructions for 8 codes, and whole
+//   rounds of stages are unrolled, so that what depends on the slot is part of the instructions.
+//   That left 54 a block in bfloat16, 69 of 80 in float16, 60 of 70 folded (32 tokens), and took 2
+//   to 7% off tiles of 16 to 48 tokens, 1 to 4% off those of 64 (eight sizes).
+//
+//   ptxas. It serialises wgmmas where sums are read after a wait in another iteration, or where one
+//   kernel holds both ways: hence a drain for every group, and kernels of their own. It finds too
+//   few registers for long unrolled rounds of wide tiles (six stages of 448x64), and adds
+//   descriptors in three instructions in some branches. The same loop is up to 7% slower in some
+//   builds than in others (192 x 64), for no reason that was found.
+//
+//   What comes before and after the loop, in small problems: at 4096 x 4096, 64 tokens, 3,900 of a
+//   CTA's 9,400 cycles, of which the first stage takes 1,250 to come, and sums 450 from CTA to CTA,
+//   be they few. So a release at the cluster's scope, which waits for all that the thread has in
+//   flight, gives way to st.async; teams add up before they send; what the end needs is found while
+//   the first stage is on its way, without divisions; whole rows are stored where a CTA has all
+//   sums. That took 12% off there, 5% in the mean of eight sizes at 64 and 128 tokens, 2% at 32.
+//
+//   x on its way to tiles of 64 rows: with copies alone, all SMs together draw 13 TB/s from L2
+//   while they ask for the same x at the same time, but 9 where each starts elsewhere in K, and the
+//   kernel takes about as long as the latter. An SM takes in 67 bytes a cycle at best. Copies alone
+//   of 64 x 64 tiles, one CTA an SM: 265 ns a stage where one warp starts them all, 155 where three
+//   do.
+//
+//   Whole waves: 30 clusters of four fit at one CTA an SM, so 128 CTAs of such take two waves, and
+//   40 clusters of three do as well; 66 clusters of two fit.
+//
+//   Power, in large layers: the card's limit sets the time, by all the work there is, however it is
+//   shared out. At 8192 x 28672, after 0.25 s, M = 32 runs at 1.58 GHz instead of 1.98, M = 128 at
+//   1.43. A product in bfloat16 takes 33 mJ there at M = 32, 43 at 64, 71 at 128 (22 at M = 1):
+//   reading memory 14, what the card draws idle 6, 8 and 13, copies of x and into shared memory 4,
+//   6 and 14, the rest products; dequantising alone 1.5. In float16 products take 1, 4 and 5 more.
+//   (Before unrolling and dealing.)
+//
+//   Without gain: sums of x in place of code - zero (14 instructions less, but the wgmma that adds
+//   these and the warps that form them cost as much); two tiles of rows a warpgroup (2% less); four
+//   wgmmas at once, but for teams that fold; the end run once by an idle producer, so that its
+//   instructions are in the cache; codes asked of L2 before the barriers exist (2 to 7% more); x
+//   shared by multicast along N (47 bytes a cycle; of some 30 lines none was the best of any size);
+//   tiles of 96, 160 and 224 rows, which take as long as those of the next 64, be two warps of a
+//   warpgroup idle in turn or the last 32 rows left to mma.sync, which waits for others' wgmmas.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
@@ -80,10 +95,11 @@
 //
 // Synchronisation
 //   S1  full[s]: completes when the bytes that the producers announced for stage s have landed.
-//   S2  empty[s]: completes when every warp of the stage's team has arrived. One lane arrives for
-//       its warp, after the wait that retires the warp's wgmmas on the stage; what the warp itself
-//       read from the stage is in their operands. A stage is always the same team's: another could
-//       take the barrier's phase before the last for the one that it waits for.
+//   S2  empty[s]: completes when every warp that the stage is for has arrived: those of its team,
+//       but of the shared rows in a stage that the other CTA multiplies by them. One lane arrives
+//       for its warp, after the wait that retires the warp's wgmmas on the stage; what the warp
+//       itself read from the stage is in their operands. A stage is always the same team's: another
+//       could take the barrier's phase before the last for the one that it waits for.
 //       compute-sanitizer's racecheck does not follow this from lane to lane: built with
 //       W4A16_RACECHECK, every lane arrives for itself.
 //   S3  A registers: buffers of kBatch k16 steps. One is rewritten only after a wait that leaves in
@@ -131,15 +147,17 @@ struct WgmmaKernel {
 // end) of kBlocks blocks. The whole warp calls it. kBoxes is p.scales_in_boxes.
 template <typename T, typename Shape, bool kCodes, bool kX, bool kScales, bool kBoxes>
 __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p, uint32_t shared,
-                                     int begin, int end, int expert, int n0, int m0,
+                                     int begin, int end, int rank, int expert, int n0, int m0,
                                      int run_shift) {
   if (ptx::ElectOne()) {
     if constexpr (kCodes) ptx::PrefetchTensorMap(&maps.codes);
+    if constexpr (kCodes && Shape::kDeals) ptx::PrefetchTensorMap(&maps.own_codes);
     if constexpr (kX) ptx::PrefetchTensorMap(&maps.x);
     if constexpr (kScales && kBoxes) ptx::PrefetchTensorMap(&maps.scales);
   }
   __syncwarp();
-  const uint32_t row_bytes = kBoxes ? Shape::kRowBytes : min(Shape::kTileN, p.n - n0) * 2;
+  // A CTA may have no rows where its cluster deals them.
+  const uint32_t row_bytes = kBoxes ? Shape::kRowBytes : max(0, min(Shape::kRows, p.n - n0)) * 2;
   const uint32_t x_bytes = p.x_rows * 128;  // one block
   const int rows = ((2 * Shape::kBlocks - 1) >> run_shift) + 1;
   const uint32_t bytes = Shape::kBlocks * ((kX ? x_bytes : 0) + (kCodes ? Shape::kCodeBytes : 0)) +
@@ -181,11 +199,23 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
   for (int chunk = begin; chunk < end; ++chunk) {
     const uint32_t full = Shape::Full(shared, slot);
     if (refills) ptx::MbarrierWait(Shape::Empty(shared, slot), parity);  // S2
-    ptx::MbarrierArriveExpectTx(full, bytes);
-    if constexpr (kCodes)
-      ptx::TensorLoad3d(shared + Shape::kCodeOffset + slot * (Shape::kBlocks * Shape::kCodeBytes),
-                        &maps.codes, 0, n0 / kBlockN, first_block + chunk * Shape::kBlocks, full,
-                        weight_policy);
+    const bool has_shared = !Shape::kDeals || chunk % 2 == rank;
+    ptx::MbarrierArriveExpectTx(
+        full, kCodes && !has_shared ? bytes - Shape::kBlocks * Shape::kSharedCodeBytes : bytes);
+    if constexpr (kCodes) {
+      const uint32_t codes =
+          shared + Shape::kCodeOffset + slot * (Shape::kBlocks * Shape::kCodeBytes);
+      const int block = first_block + chunk * Shape::kBlocks;
+      if (has_shared) {
+        ptx::TensorLoad3d(codes, &maps.codes, 0, n0 / kBlockN, block, full, weight_policy);
+      } else {
+        const int first_row = rank == 0 ? 0 : 64;
+        for (int b = 0; b < Shape::kBlocks; ++b)
+          ptx::TensorLoad3d(codes + b * Shape::kCodeBytes + first_row / kBlockN * kBlockBytes,
+                            &maps.own_codes, 0, (n0 + first_row) / kBlockN, block + b, full,
+                            weight_policy);
+      }
+    }
     if constexpr (kX) {
       const uint32_t x = shared + Shape::kXOffset + slot * (Shape::kBlocks * Shape::kXBytes);
       if (p.x_in_blocks) {
@@ -211,6 +241,7 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
           scales += p.n;
           zeros += p.n;
         }
+        if (Shape::kDeals && row_bytes == 0) continue;
         ptx::BulkLoad(row_at + Shape::kScaleOffset, scales, row_bytes, full, weight_policy);
         if constexpr (Shape::kHasZeros)
           ptx::BulkLoad(row_at + Shape::kZeroOffset, zeros, row_bytes, full, weight_policy);
@@ -225,16 +256,16 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
   }
 }
 
-// One consumer thread's way through the stages.
-template <typename T, typename Shape>
+// One consumer thread's way through the stages, of which it takes every kStride-th.
+template <typename T, typename Shape, int kStride>
 struct Consumer {
   using Maker = WeightMaker<T, Shape::kHasZeros, !Shape::kFolds>;
   using Factors = typename Maker::Factors;
   static constexpr int kBlocks = Shape::kBlocks, kTileM = Shape::kTileM;
   static constexpr int kBatch = Shape::kBatch, kBuffers = Shape::kBuffers;
 
-  int team;
-  // Of the team's first stage:
+  int start;
+  // Of stage `start`, its first:
   uint64_t x;       // the descriptor of x
   uint32_t codes;   // the lane's 16 bytes of the first block
   uint32_t scales;  // the scale of its row, of registers 0 and 2 of A; the others hold row + 8
@@ -364,7 +395,7 @@ struct Consumer {
   template <int kPart, int kCount>
   __device__ inline void ScaleStage(int slot, bool release_previous) {
     constexpr int kPerBlock = 4 / kBatch;
-    constexpr int kAtOnce = Shape::kHasZeros ? 1 : kCount;  // zeros leave too few registers
+    constexpr int kAtOnce = Shape::kLoadsLate ? 1 : kCount;
     Codes c;
     Factors f[2 * kBlocks];
     const auto load = [&](int block) {
@@ -384,33 +415,33 @@ struct Consumer {
       if ((i + 1) % kPerBlock == 0 && next >= kAtOnce && next < kCount) load(next);
       WaitForBuffer(i);
       if (i == kBuffers - 1 && release_previous)  // S2: none but this stage's in flight
-        Release((slot > 0 ? slot : Shape::kStages) - Shape::kTeams);
+        Release((slot > 0 ? slot : Shape::kStages) - kStride);
       DequantizeBatch<kPart>(i, c, f);
       StartBatch(i, stage_x, acc, true);
     }
   }
 
-  // Calls stage(count, slot, is_first) for the team's stages out of `blocks` blocks, a last one of
-  // one block included. Whole rounds of them are unrolled: what depends on the slot is then part of
-  // the instructions.
+  // Calls stage(count, slot, is_first) for its stages out of `blocks` blocks, a last one of one
+  // block included, with slots counted from its first. Whole rounds of them are unrolled: what
+  // depends on the slot is then part of the instructions.
   template <typename Stage>
   __device__ inline void ForEachStage(int blocks, const Stage& stage) {
-    constexpr int kStride = Shape::kTeams * kBlocks, kRound = Shape::kStages * kBlocks;
+    constexpr int kRound = Shape::kStages * kBlocks;
     bool is_first = true;
-    blocks -= team * kBlocks;
+    blocks -= start * kBlocks;
 #pragma unroll 1
-    for (; blocks >= kRound - kStride + kBlocks; blocks -= kRound) {
+    for (; blocks >= kRound - (kStride - 1) * kBlocks; blocks -= kRound) {
 #pragma unroll
-      for (int slot = 0; slot < Shape::kStages; slot += Shape::kTeams)
+      for (int slot = 0; slot < Shape::kStages; slot += kStride)
         stage(std::integral_constant<int, kBlocks>(), slot, slot == 0 && is_first);
       parity ^= 1;
       is_first = false;
     }
     int slot = 0;
 #pragma unroll 1
-    for (; blocks >= kBlocks; blocks -= kStride) {
+    for (; blocks >= kBlocks; blocks -= kStride * kBlocks) {
       stage(std::integral_constant<int, kBlocks>(), slot, slot == 0 && is_first);
-      slot += Shape::kTeams;
+      slot += kStride;
     }
     if (blocks > 0) stage(std::integral_constant<int, 1>(), slot, slot == 0 && is_first);
   }
@@ -423,8 +454,8 @@ struct Consumer {
     ForEachStage(blocks, [&](auto count, int slot, bool) { FoldStage<kPart, count>(slot, sums); });
   }
 
-  // The team's stages of `blocks` blocks. Runs of kPart x 32 codes lie in one group. A team's last
-  // stage need not be released: nobody waits for it.
+  // Its stages of `blocks` blocks. Runs of kPart x 32 codes lie in one group. The last stage need
+  // not be released: nobody waits for it.
   template <int kPart>
   __device__ inline void Run(int blocks) {
     static_assert(4 % (kBatch * kBuffers) == 0);  // a stage begins with the first buffer
@@ -453,20 +484,26 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
   constexpr int kProducers = Shape::kProducers;
   const uint32_t blocks_k = (static_cast<uint32_t>(p.k) + kBlockK - 1) / kBlockK;
   const uint32_t chunks = (blocks_k + Shape::kBlocks - 1) / Shape::kBlocks;  // less than 2^24
-  const int begin = static_cast<int>(chunks * rank / Shape::kSplitK);
-  const int end = static_cast<int>(chunks * (rank + 1) / Shape::kSplitK);
+  const int begin = Shape::kDeals ? 0 : static_cast<int>(chunks * rank / Shape::kSplitK);
+  const int end = static_cast<int>(Shape::kDeals ? chunks : chunks * (rank + 1) / Shape::kSplitK);
   constexpr int kMaxShift = Shape::kBlocks == 2 ? 2 : 1;
   const int run_shift = min(p.run_shift, kMaxShift);
 
+  const auto find_rows = [&](int* n0, int* m0) {
+    find(n0, m0);
+    if constexpr (Shape::kDeals) *n0 += rank * Shape::kOwnRows;
+  };
+
   if (warp >= kProducerWarp) {
     int n0, m0;
-    find(&n0, &m0);
+    find_rows(&n0, &m0);
     if (warp == kProducerWarp) {
       if (ptx::ElectOne()) {
 #pragma unroll
         for (int i = 0; i < Shape::kStages; ++i) {
           ptx::MbarrierInit(Shape::Full(shared, i), kProducers);
-          ptx::MbarrierInit(Shape::Empty(shared, i), kTeamWarps * Shape::kReleasingLanes);
+          const int warps = kTeamWarps - (Shape::kDeals && i % 2 != rank ? 4 : 0);
+          ptx::MbarrierInit(Shape::Empty(shared, i), warps * Shape::kReleasingLanes);
         }
         ptx::MbarrierInit(Shape::Received(shared), 1);
         ptx::FenceMbarrierInit();
@@ -477,8 +514,8 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
     if constexpr (Shape::kReallocate) ptx::ReleaseRegisters<Shape::kProducerRegisters>();
     const auto produce = [&]<bool kCodes, bool kX, bool kScales>() {
       const auto run = [&]<bool kBoxes>() {
-        ProduceStages<T, Shape, kCodes, kX, kScales, kBoxes>(maps, p, shared, begin, end, expert,
-                                                             n0, m0, run_shift);
+        ProduceStages<T, Shape, kCodes, kX, kScales, kBoxes>(maps, p, shared, begin, end, rank,
+                                                             expert, n0, m0, run_shift);
       };
       if constexpr (kScales && Shape::kHasScaleBoxes) {
         if (p.scales_in_boxes) return run.template operator()<true>();
@@ -510,51 +547,76 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
     __syncwarp();
     if constexpr (!Shape::kMeetsLate) ptx::ClusterWait();  // S5
   }
-  const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
-  const int block_row = warp - team * kTeamWarps, first = team * Shape::kBlocks;  // block
-  Consumer<T, Shape> consumer{
-      .team = team,
-      .x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + first * Shape::kXBytes),
-      .codes = shared + Shape::kCodeOffset + first * Shape::kCodeBytes + block_row * kBlockBytes +
-               lane * 16,
-      .scales = shared + Shape::kScaleOffset + team * (Shape::kScaleRows * Shape::kRowBytes) +
-                (16 * block_row + lane / 4) * 2,
-      .full = Shape::Full(shared, team),
-      .releases = lane < Shape::kReleasingLanes,
-  };
-  const auto consume = [&] {
-    const int blocks = min(end * Shape::kBlocks, static_cast<int>(blocks_k)) -
-                       min(begin * Shape::kBlocks, static_cast<int>(blocks_k));
-    if constexpr (Shape::kFolds) {
-      if (run_shift == 1)
-        consumer.template RunFolded<2>(blocks);
-      else
-        consumer.template RunFolded<4>(blocks);
+  const int blocks = min(end * Shape::kBlocks, static_cast<int>(blocks_k)) -
+                     min(begin * Shape::kBlocks, static_cast<int>(blocks_k));
+  // Of a consumer that takes every kStride-th stage from `start` on, and then finishes its sums.
+  const auto run = [&]<int kStride, typename Finish>(int start, int finish_rank,
+                                                     const auto& find_place) {
+    const int block_row = warp - (Shape::kTeams > 1 ? start * kTeamWarps : 0);
+    const int first = start * Shape::kBlocks;
+    Consumer<T, Shape, kStride> consumer{
+        .start = start,
+        .x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + first * Shape::kXBytes),
+        .codes = shared + Shape::kCodeOffset + first * Shape::kCodeBytes + block_row * kBlockBytes +
+                 lane * 16,
+        .scales = shared + Shape::kScaleOffset + start * (Shape::kScaleRows * Shape::kRowBytes) +
+                  (16 * block_row + lane / 4) * 2,
+        .full = Shape::Full(shared, start),
+        .releases = lane < Shape::kReleasingLanes,
+    };
+    const auto consume = [&] {
+      if constexpr (Shape::kFolds) {
+        if (run_shift == 1)
+          consumer.template RunFolded<2>(blocks);
+        else
+          consumer.template RunFolded<4>(blocks);
+      } else {
+        if (run_shift == 0)
+          consumer.template Run<1>(blocks);
+        else if (run_shift == 1)
+          consumer.template Run<2>(blocks);
+        else if constexpr (kMaxShift == 2)
+          consumer.template Run<4>(blocks);
+      }
+      if constexpr (Shape::kSplitK > 1 && Shape::kMeetsLate) ptx::ClusterWait();  // S5
+    };
+    if constexpr (Shape::kFindsEarly) {
+      Finish finish(p, shared, finish_rank, find_place());
+      finish.Keep();
+      consume();
+      finish(p, consumer.acc);
     } else {
-      if (run_shift == 0)
-        consumer.template Run<1>(blocks);
-      else if (run_shift == 1)
-        consumer.template Run<2>(blocks);
-      else if constexpr (kMaxShift == 2)
-        consumer.template Run<4>(blocks);
+      consume();
+      Finish(p, shared, finish_rank, find_place())(p, consumer.acc);  // registers are free again
     }
-    if constexpr (Shape::kSplitK > 1 && Shape::kMeetsLate) ptx::ClusterWait();  // S5
   };
-  constexpr bool kRows = Shape::kSplitK == 1 && Shape::kTeams == 1;
-  using Finish = std::conditional_t<kRows, FinishRows<T, Shape>, FinishFragments<T, Shape>>;
-  const auto find_finish = [&] {
-    Place place{.thread = static_cast<int>(threadIdx.x) - team * Shape::kTeamThreads, .team = team};
-    find(&place.n0, &place.m0);
-    return Finish(p, shared, rank, place);
-  };
-  if constexpr (Shape::kFindsEarly) {
-    Finish finish = find_finish();
-    finish.Keep();
-    consume();
-    finish(p, consumer.acc);
+  if constexpr (Shape::kDeals) {
+    const auto find_place = [&] {
+      Place place{.thread = static_cast<int>(threadIdx.x), .team = 0};
+      find_rows(&place.n0, &place.m0);
+      return place;
+    };
+    const int shared_group = rank == 0 ? Shape::kOwnRows / 64 : 0;
+    if (warp / 4 == shared_group) {
+      run.template operator()<2, FinishFragments<T, Shape>>(rank, rank, [&] {
+        Place place = find_place();
+        place.thread -= 128 * shared_group;
+        place.n0 += 64 * shared_group;
+        return place;
+      });
+    } else {
+      run.template operator()<1, FinishFragments<T, OwnRows<Shape>>>(0, 0, find_place);
+    }
   } else {
-    consume();
-    find_finish()(p, consumer.acc);  // registers are free again
+    constexpr bool kHasAllSums = Shape::kSplitK == 1 && Shape::kTeams == 1;
+    using Finish = std::conditional_t<kHasAllSums, FinishRows<T, Shape>, FinishFragments<T, Shape>>;
+    const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
+    run.template operator()<Shape::kTeams, Finish>(team, rank, [&] {
+      Place place{.thread = static_cast<int>(threadIdx.x) - team * Shape::kTeamThreads,
+                  .team = team};
+      find_rows(&place.n0, &place.m0);
+      return place;
+    });
   }
 }
 

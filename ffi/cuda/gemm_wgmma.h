@@ -22,9 +22,16 @@ inline bool FoldsScales(const Config& config, const Problem& p) {
          !p.batch_invariant && (NumGroups(p) == 1 || p.group_size % kBlockK == 0);
 }
 
+// Whether the CTAs of a cluster share the rows of a tile instead of K (gemm_wgmma.cuh, "Dealing"),
+// and how many of them a CTA works at.
+constexpr bool DealsRows(int tile_n, int split_k) { return tile_n > 256 && split_k == 2; }
+constexpr int RowsOfCta(int tile_n, int split_k) {
+  return DealsRows(tile_n, split_k) ? (tile_n + 64) / 2 : tile_n;
+}
+
 // Whether tensor copies can bring rows of scales: a box has at most 256 columns. They are preferred
 // to bulk copies, of which a thread starts one in some 50 ns: 4096 x 14336 at M = 64 (H200) 18.5 ->
 // 17.3 us in groups of 128, 28.5 -> 17.4 in groups of 32.
-constexpr bool HasScaleBoxes(int tile_n) { return tile_n <= 256; }
+constexpr bool HasScaleBoxes(int rows) { return rows <= 256; }
 
 }  // namespace w4a16

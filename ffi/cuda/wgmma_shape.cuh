@@ -32,12 +32,12 @@ struct WgmmaParams {
 };
 
 // x in boxes of x_rows tokens x 64 values, or of kBlocks of these, one after the other, if that
-// makes whole stages (K % 64 == 0, x_rows == kTileM); packed blocks in boxes of kTileN / 16 x
-// kBlocks; scales and zeros, unless bulk copies bring them row by row, in boxes of kTileN x as many
-// groups as a stage meets. What lies outside reads as zero. Codes, scales and zeros are those of
-// all experts, one after the other.
+// makes whole stages (K % 64 == 0, x_rows == kTileM); packed blocks in boxes of kRows / 16 x
+// kBlocks, or of kOwnRows / 16 x 1; scales and zeros, unless bulk copies bring them row by row, in
+// boxes of kRows x as many groups as a stage meets. What lies outside reads as zero. Codes, scales
+// and zeros are those of all experts, one after the other.
 struct WgmmaMaps {
-  CUtensorMap x, codes, scales, zeros;
+  CUtensorMap x, codes, own_codes, scales, zeros;
 };
 
 template <bool kHasZeros_, bool kFolds_, int kTileN_, int kTileM_, int kStages_, int kSplitK_,
@@ -50,7 +50,13 @@ struct WgmmaShape {
   static_assert(kTileN % 64 == 0 && kTileM % 8 == 0);
   static_assert(kStages % kTeams == 0 && kStages >= 2 * kTeams);  // S2
 
-  static constexpr int kTeamThreads = 2 * kTileN;  // a warpgroup for every 64 rows
+  // Rows of the tile that a CTA works at, and of these, what it does not share with the other.
+  static constexpr bool kDeals = DealsRows(kTileN, kSplitK);
+  static constexpr int kRows = RowsOfCta(kTileN, kSplitK);
+  static constexpr int kOwnRows = kDeals ? kRows - 64 : kRows;
+  static_assert(!kDeals || (kTileN % 128 == 64 && kTeams == 1 && kStages % 2 == 0));
+
+  static constexpr int kTeamThreads = 2 * kRows;  // a warpgroup for every 64 rows
   static constexpr int kConsumers = kTeams * kTeamThreads;
 
   // k16 steps whose wgmmas a consumer starts together, from each of its buffers of A in turn.
@@ -81,11 +87,12 @@ struct WgmmaShape {
   // Blocks of 64 codes to a stage: small token tiles need larger copies to keep the memory busy.
   static constexpr int kBlocks = kTileM <= 64 ? 2 : 1;
   static constexpr int kScaleRows = 2 * kBlocks;  // one for every 32 codes at most
-  static constexpr bool kHasScaleBoxes = HasScaleBoxes(kTileN);
+  static constexpr bool kHasScaleBoxes = HasScaleBoxes(kRows);
 
-  static constexpr int kXBytes = kTileM * 128;                       // one block
-  static constexpr int kCodeBytes = kTileN / kBlockN * kBlockBytes;  // one block
-  static constexpr int kRowBytes = kTileN * 2;                       // one row of scales
+  static constexpr int kXBytes = kTileM * 128;                         // one block
+  static constexpr int kCodeBytes = kRows / kBlockN * kBlockBytes;     // one block
+  static constexpr int kSharedCodeBytes = 64 / kBlockN * kBlockBytes;  // of them, what CTAs share
+  static constexpr int kRowBytes = kRows * 2;                          // one row of scales
   static constexpr int kXOffset = 0;
   static constexpr int kCodeOffset = kXOffset + kStages * kBlocks * kXBytes;
   static constexpr int kScaleOffset = kCodeOffset + kStages * kBlocks * kCodeBytes;
@@ -99,7 +106,8 @@ struct WgmmaShape {
   static constexpr int kSliceChunks = (kChunks + kSplitK - 1) / kSplitK;
   static constexpr int kOwners = (kChunks + kSliceChunks - 1) / kSliceChunks;  // of slices
   static constexpr int kTeamChunks = (kSliceChunks + kTeams - 1) / kTeams;
-  static constexpr int kChunkBytes = kTeamThreads * 16;  // four sums a thread
+  static constexpr int kSharers = kDeals ? 128 : kTeamThreads;  // threads of one team
+  static constexpr int kChunkBytes = kSharers * 16;             // four sums a thread
   static constexpr int kRankBytes = kTeamChunks * kTeams * kChunkBytes;
   static constexpr int kInboxOffset = kPipelineBytes;
   static_assert(kTeams == 1 || kOwners * kRankBytes <= kPipelineBytes);
@@ -145,6 +153,8 @@ struct WgmmaShape {
   static constexpr int kThreads = kConsumers + (kReallocate ? 128 : 32 * kProducers);
   static constexpr int kReaders = kConsumers + 32 * kProducers;  // of barriers
 
+  // Whether too few registers are left to load the codes of a stage's blocks at once.
+  static constexpr bool kLoadsLate = kHasZeros || (kRows == 256 && kTileM == 64);
   // Whether registers are left for what a consumer needs after its last product: it finds it while
   // it waits for the first stage.
   static constexpr bool kFindsEarly =
@@ -152,13 +162,22 @@ struct WgmmaShape {
       kRegisters + (kHasZeros ? 32 : 24);
 };
 
+// How those finish who have all sums of rows that a cluster deals.
+template <typename Shape>
+struct OwnRows : Shape {
+  static constexpr int kSplitK = 1, kOwners = 1;
+  static constexpr int kSliceChunks = Shape::kChunks, kTeamChunks = Shape::kChunks;
+  __device__ static int ChunksOf(int) { return Shape::kChunks; }
+};
+
 // The shape of a line of configs.inc. With zeros each team has a stage less if that keeps as many
 // CTAs on an SM as there are without.
 template <bool kHasZeros, bool kFolds, int kTileN, int kTileM, int kStages, int kSplitK, int kTeams>
 struct ShapeOfLine {
+  static constexpr int kTurns = DealsRows(kTileN, kSplitK) ? 2 : kTeams;
   template <bool kZeros, int kLess>
   using Candidate =
-      WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess * kTeams, kSplitK, kTeams>;
+      WgmmaShape<kZeros, kFolds, kTileN, kTileM, kStages - kLess * kTurns, kSplitK, kTeams>;
   static constexpr int kCtas = Candidate<false, 0>::kCtasPerSm;
   static constexpr int kLess =
       Candidate<kHasZeros, 0>::kCtasPerSm < kCtas && Candidate<kHasZeros, 1>::kCtasPerSm == kCtas;
