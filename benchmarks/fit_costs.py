@@ -28,6 +28,8 @@ from benchmarks.report import geomean
 CONFIGS = Path(__file__).parent.parent / "ffi" / "configs.inc"
 SMS = 132
 BLOCK_K = 64
+TAIL_TOKENS = (104, 128, 192)
+LEAST_US, LEAST_LOOP = 2.2, 0.85
 # A line of configs.inc: what makes its name, its costs, which alone have decimal points, and what may follow.
 LINE = r"(W4A16_\w+\([^.\n]*), ([\d.]+), ([\d.]+), ([\d.]+), (\d+\.\d+)((?:, \d+)?\))"
 
@@ -85,21 +87,22 @@ def persistent_waves(config: dict, n: int, m: int) -> float:
     """Waves, in whole tiles: the twin of SchedulePersistent in gemm_persistent.h."""
     clusters = SMS // config["cluster_n"]
     tiles_m = ceil_div(m, config["tile_m"])
-    units = ceil_div(ceil_div(n, config["tile_n"]), config["cluster_n"]) * tiles_m
-    full, rest = divmod(units, clusters)
+    all_columns = ceil_div(ceil_div(n, config["tile_n"]), config["cluster_n"])
+    full, rest = divmod(all_columns * tiles_m, clusters)
     if rest == 0:
         return full
-    waves = full + 1.0
-    if (config["tile_n"], config["tile_m"]) == (128, 256):
-        waves = min(waves, full + 0.56 * ceil_div(2 * rest, clusters))
-    row_blocks = config["tile_n"] // 64
     columns = full * clusters // tiles_m
+    row_blocks = config["tile_n"] // 64
+    parts = []  # of the last waves: how many, and their time
+    if (config["tile_n"], config["tile_m"]) == (128, 256):
+        for tokens in TAIL_TOKENS:
+            if tokens % (8 * config["cluster_n"]) == 0:
+                parts.append(((all_columns - columns) * ceil_div(m, tokens), 0.12 + 0.88 / 256 * tokens))
     fewest = 2 if row_blocks == 4 else 3 if row_blocks == 5 else row_blocks
     for rows in range(fewest, row_blocks if config["cluster_n"] == 1 else 0):
-        cut = (columns + ceil_div(ceil_div(n, 64) - columns * row_blocks, rows)) * tiles_m
-        if cut <= (full + 1) * clusters:
-            waves = min(waves, full + rows / row_blocks)
-    return waves
+        parts.append((ceil_div(ceil_div(n, 64) - columns * row_blocks, rows) * tiles_m, rows / row_blocks))
+    idle = full * clusters - columns * tiles_m
+    return min([full + 1.0] + [full + ceil_div(count - idle, clusters) * time for count, time in parts])
 
 
 def fit_linear(a: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
@@ -126,7 +129,11 @@ class Costs:
 
     def predict(self, config: dict, n: int, k: int, m: int, experts: int = 0) -> float:
         """Microseconds."""
-        return float(terms(config, self.fill, n, k, m, experts) @ (self.start, self.step, self.tile))
+        once, steps, waves = terms(config, self.fill, n, k, m, experts)
+        loop = steps * self.step
+        us = once * self.start + loop + waves * self.tile
+        evenly = experts or "StreamK" in config["name"]
+        return float(us if evenly else max(us, LEAST_US + LEAST_LOOP * loop))
 
 
 def load(path: Path) -> list[dict]:

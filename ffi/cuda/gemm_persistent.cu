@@ -35,7 +35,7 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
                        : static_cast<int>(std::min<int64_t>(tokens, CeilDiv(p.m, 8) * 8));
   };
   const int x_rows = box_rows(config.tile_m);
-  const int x_part_rows = box_rows(config.tile_m >> schedule.tail_shift);
+  const int x_part_rows = box_rows(schedule.tail_tokens);
   if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, x_rows, &maps.x); !s.ok()) return s;
   if (Status s = EncodeTensorMap(o.x, p.x_dtype, p.m, p.k, x_part_rows, &maps.x_part); !s.ok())
     return s;
@@ -45,8 +45,6 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
   }
 
   const int64_t tiles_m = CeilDiv(p.m, config.tile_m);
-  const int64_t units_n = schedule.tail_rows > 0 ? std::max(schedule.whole_columns, int64_t{1})
-                                                 : CeilDiv(CeilDiv(p.n, config.tile_n), cluster);
   const bool one_group = NumGroups(p) == 1;
   const PersistentParams params = {
       .qweight = o.qweight,
@@ -60,13 +58,13 @@ Status RunPersistent(const Problem& p, const Operands& o, const Config& config, 
       .x_rows = x_rows,
       .x_part_rows = x_part_rows,
       .blocks_per_group = one_group ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
-      .panels = Panels(tiles_m, units_n),
-      .tiles_m = Divisor(static_cast<uint32_t>(tiles_m)),
+      .panels = Panels(tiles_m, std::max(schedule.whole_columns, int64_t{1})),
+      .tail_m = Divisor(static_cast<uint32_t>(CeilDiv(p.m, schedule.tail_tokens))),
+      .whole_columns = static_cast<int>(schedule.whole_columns),
       .whole_units = static_cast<int>(schedule.whole_units),
       .units = static_cast<int>(schedule.units),
-      .tail_shift = schedule.tail_shift,
+      .tail_tokens = schedule.tail_tokens,
       .tail_rows = schedule.tail_rows,
-      .whole_columns = static_cast<int>(schedule.whole_columns),
       // x is read by every column of tiles of a panel, which is worth a place in L2 where it fits;
       // codes are read once for every token tile.
       .x_policy = std::min<int64_t>(p.m, Panels::kWidth * config.tile_m) * p.k * 2 <= kMostKeptBytes
@@ -116,7 +114,7 @@ Status RunRaggedPersistent(const Problem& p, const Experts& e, const Operands& o
       .x_part_rows = x_rows,
       .blocks_per_group = NumGroups(p) == 1 ? INT_MAX : static_cast<int>(p.group_size / kBlockK),
       .panels = Panels(1, 1),
-      .tiles_m = Divisor(1),
+      .tail_m = Divisor(1),
       .x_policy = kEvictLast,
       .weight_policy = kEvictNormal,
       .alpha = o.alpha,

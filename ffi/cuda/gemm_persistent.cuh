@@ -57,6 +57,7 @@
 #pragma once
 
 #include <climits>
+#include <utility>
 
 #include "dequant.cuh"
 #include "gemm_persistent.h"
@@ -75,9 +76,9 @@ struct PersistentParams {
   int m, n, k;
   int x_rows, x_part_rows;  // of a CTA's box of x
   int blocks_per_group;
-  Panels panels;  // of units
-  Divisor tiles_m;
-  int whole_units, units, tail_shift, tail_rows, whole_columns;  // gemm_persistent.h
+  Panels panels;                                                  // of whole units
+  Divisor tail_m;                                                 // parts along M of a column
+  int whole_columns, whole_units, units, tail_tokens, tail_rows;  // gemm_persistent.h
   uint64_t x_policy, weight_policy;
   float alpha;
   bool out_is_f32;
@@ -114,7 +115,7 @@ struct PersistentShape {
   // k16 steps whose wgmmas a warpgroup starts at a time. Two leave registers for a second block of
   // rows; four are up to 4% faster where they fit.
   static constexpr int kSteps = kMostRows == 1 ? 4 : 2;
-  static constexpr int kMaxTailShift = MaxTailShift(kTileN, kTileM);
+  static constexpr bool kCutsTokens = CutsTokens(kTileN, kTileM);
 
 #if defined(W4A16_RACECHECK)
   static constexpr int kReleasingLanes = 32;
@@ -129,8 +130,11 @@ struct PersistentShape {
                 kMostRegisters * (kWarpgroups - 1) + kLeastRegisters + kProducerRegisters <=
                     kFirstRegisters * (kWarpgroups + 1));
 
-  // Blocks of 64 codes to a stage: one of a whole tile, two of a part.
-  static constexpr int kPartBlocks = kMaxTailShift > 0 ? 2 : 1;
+  // Blocks of 64 codes to a stage: one, or two of a part of at most half a tile's tokens.
+  static constexpr int kPartBlocks = kCutsTokens ? 2 : 1;
+  __host__ __device__ static constexpr int BlocksOf(int tokens) {
+    return 2 * tokens <= kTileM ? kPartBlocks : 1;
+  }
   static constexpr int kXBytes = kTileM * 128;                       // a stage
   static constexpr int kCodeBytes = kTileN / kBlockN * kBlockBytes;  // one block
   static constexpr int kRowBytes = kTileN * 2;                       // one block
@@ -165,36 +169,32 @@ struct PersistentShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// What a CTA does at a time: kTileM >> shift tokens from m0 on, `rows` rows of weights from n0 on.
+// What a CTA does at a time: `tokens` from m0 on, `rows` of weights from n0 on.
 struct Unit {
-  int n0, m0, shift, rows;
+  int n0, m0, tokens, rows;
   int end = 0, expert = 0;  // of a ragged product: rows of x from `end` on are not the expert's
 };
 
 template <typename Shape>
 __device__ inline Unit UnitOf(const PersistentParams& p, int index, int rank) {
-  int shift = 0, part = 0, tile = index;
-  if (index >= p.whole_units) {
-    const int left = index - p.whole_units;
-    if (Shape::kMostRows > 1 && p.tail_rows > 0) {
-      const int column = p.tiles_m.Quotient(left);
-      const int row = left - column * static_cast<int>(p.tiles_m.d);
-      return {.n0 = p.whole_columns * Shape::kTileN + column * p.tail_rows * 64,
-              .m0 = FirstToken(row * Shape::kTileM, Shape::kTileM, p.m),
-              .shift = 0,
-              .rows = p.tail_rows * 64};
-    }
-    shift = p.tail_shift;
-    tile = p.whole_units + (left >> shift);
-    part = left & ((1 << shift) - 1);
-  }
-  const int tokens = Shape::kTileM >> shift;
   int row, column;
-  p.panels.Find(tile, &row, &column);
-  return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
-          .m0 = FirstToken(row * Shape::kTileM + part * tokens, tokens, p.m),
-          .shift = shift,
-          .rows = Shape::kTileN};
+  if (index < p.whole_units) {
+    p.panels.Find(index, &row, &column);
+    return {.n0 = (column * Shape::kCluster + rank) * Shape::kTileN,
+            .m0 = FirstToken(row * Shape::kTileM, Shape::kTileM, p.m),
+            .tokens = Shape::kTileM,
+            .rows = Shape::kTileN};
+  }
+  const int left = index - p.whole_units;
+  column = p.tail_m.Quotient(left);
+  row = left - column * static_cast<int>(p.tail_m.d);
+  const int tokens = Shape::kCutsTokens ? p.tail_tokens : Shape::kTileM;
+  const int rows = Shape::kMostRows > 1 ? p.tail_rows * 64 : Shape::kTileN;
+  return {.n0 = p.whole_columns * Shape::kCluster * Shape::kTileN +
+                (column * Shape::kCluster + rank) * rows,
+          .m0 = FirstToken(row * tokens, tokens, p.m),
+          .tokens = tokens,
+          .rows = rows};
 }
 
 // The units of a product, and where their weights are. A ragged product has others
@@ -221,9 +221,10 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
   uint32_t parity = 1;  // a fresh barrier passes a wait for the phase before its first
   for (int index = first; index < units.Count(p); index += stride) {
     const Unit unit = units.template Of<Shape>(p, index, rank);
-    const int tokens = Shape::kTileM >> unit.shift, share = tokens / Shape::kCluster;
-    const int x_rows = unit.shift == 0 ? p.x_rows : p.x_part_rows;
-    const CUtensorMap* x_map = unit.shift == 0 ? &maps.x : &maps.x_part;
+    const bool whole = unit.tokens == Shape::kTileM;
+    const int share = unit.tokens / Shape::kCluster;
+    const int x_rows = whole ? p.x_rows : p.x_part_rows;
+    const CUtensorMap* x_map = whole ? &maps.x : &maps.x_part;
     // The last cluster along N may reach beyond N by whole CTAs.
     const int rows = min(unit.rows, p.n - unit.n0);
     const uint32_t code_bytes =
@@ -236,7 +237,7 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
                         static_cast<int64_t>(unit.n0 / kBlockN) * kBlockBytes;
     int64_t row = unit.n0 + units.ScaleElements(unit);  // of scales and zeros
     int left_in_group = p.blocks_per_group;
-    const int last_in_stage = unit.shift == 0 ? 0 : Shape::kPartBlocks - 1;
+    const int last_in_stage = Shape::BlocksOf(unit.tokens) - 1;
 #pragma unroll 1
     for (int block = 0; block < blocks_k; ++block) {
       const int inside = block & last_in_stage, place = slot * Shape::kPartBlocks + inside;
@@ -397,7 +398,7 @@ struct PersistentConsumer {
   // a[0], if there are `more`.
   template <int kRows, int kTokens>
   __device__ inline void Run(float (&acc)[kRows][kTokens / 2], int blocks, bool more) {
-    constexpr int kBlocks = kTokens < Shape::kTileM ? Shape::kPartBlocks : 1;
+    constexpr int kBlocks = Shape::BlocksOf(kTokens);
     constexpr int kParts = kPer * kRows * kBlocks;  // of a stage
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -473,7 +474,8 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
   const uint32_t staged = shared + Shape::kStagedOffset + group * Shape::kStagedBytes;
   const uint32_t mine =
       staged + (8 * (lane / 16) + lane % 8) * 128 + (((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16);
-  constexpr int kTokensAtOnce = kTokens < Shape::kStagedTokens ? kTokens : Shape::kStagedTokens;
+  constexpr int kTokensAtOnce = kTokens <= Shape::kStagedTokens ? kTokens : kTokens / 2;
+  static_assert(kTokensAtOnce <= Shape::kStagedTokens && kTokensAtOnce >= kStoreTokens);
   const bool stores = threadIdx.x % 128 == 0;
 #pragma unroll
   for (int begin = 0; begin < kTokens; begin += kTokensAtOnce) {
@@ -481,7 +483,8 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
     ptx::NamedBarrier(1 + group, 128);  // S4
     const auto stage = [&]<bool kPlain>() {
 #pragma unroll
-      for (int token = 0; token < kTokensAtOnce; token += 16) {
+      for (int next = 0; next < kTokensAtOnce; next += 16) {
+        const int token = min(next, kTokensAtOnce - 16);
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -506,7 +509,8 @@ __device__ inline void StoreUnit(const PersistentMaps& maps, const PersistentPar
     ptx::FenceProxyAsync();
     ptx::NamedBarrier(1 + group, 128);  // S4
     if (stores && first_n < p.n) {
-      for (int token = 0; token < kTokensAtOnce; token += kStoreTokens) {
+      for (int next = 0; next < kTokensAtOnce; next += kStoreTokens) {
+        const int token = min(next, kTokensAtOnce - kStoreTokens);
         if (!kRagged || m0 + begin + token + kStoreTokens <= end)
           ptx::TensorStore2d(&maps.out, staged + token * 128, first_n, m0 + begin + token);
       }
@@ -558,16 +562,22 @@ __device__ inline void ConsumeUnits(const PersistentMaps& maps, const Persistent
   if constexpr (Units::kRagged) {
     run.template operator()<kMine, Shape::kTileM>(units.Count(p));
   } else if constexpr (Shape::kMostRows == 1) {
-    run.template operator()<1, Shape::kTileM>(p.tail_shift == 0 ? p.units : p.whole_units);
-    if constexpr (Shape::kMaxTailShift >= 1) {
-      if (p.tail_shift == 1) run.template operator()<1, Shape::kTileM / 2>(p.units);
+    run.template operator()<1, Shape::kTileM>(p.whole_units);
+    if constexpr (Shape::kCutsTokens) {
+      const auto run_tail = [&]<int kTokens>() {
+        if constexpr (ClusterShares(kTokens, Shape::kCluster)) {
+          if (p.tail_tokens == kTokens) run.template operator()<1, kTokens>(p.units);
+        }
+      };
+      [&]<size_t... kI>(std::index_sequence<kI...>) {
+        (run_tail.template operator()<kTailTokens[kI]>(), ...);
+      }(std::make_index_sequence<kNumTailTokens>());
     }
   } else {
     // The warpgroup's blocks of rows of a unit of the last wave: as many as of a whole tile, or
     // one.
     const int rows = (p.tail_rows - group + Shape::kWarpgroups - 1) / Shape::kWarpgroups;
-    const bool same = p.tail_rows == 0 || rows == kMine;
-    run.template operator()<kMine, Shape::kTileM>(same ? p.units : p.whole_units);
+    run.template operator()<kMine, Shape::kTileM>(rows == kMine ? p.units : p.whole_units);
     if constexpr (kMine > 1) run.template operator()<1, Shape::kTileM>(p.units);
   }
   if (threadIdx.x % 128 == 0) ptx::BulkWaitRead<0>();

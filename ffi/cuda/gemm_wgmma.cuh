@@ -469,6 +469,51 @@ struct Consumer {
   }
 };
 
+// A consumer warp's work: blocks of 16 rows at `block_row`, every kStride-th stage from `start` on.
+// `blocks` are those of the CTA's part of K; Finish, of rank `rank`, has the sums at the place that
+// `find_place` tells.
+template <typename T, typename Shape, int kStride, typename Finish, typename FindPlace>
+__device__ __forceinline__ void ConsumeStages(const WgmmaParams& p, uint32_t shared, int start,
+                                              int block_row, int blocks, int run_shift, int rank,
+                                              const FindPlace& find_place) {
+  const int lane = threadIdx.x % 32, first = start * Shape::kBlocks;
+  Consumer<T, Shape, kStride> consumer{
+      .start = start,
+      .x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + first * Shape::kXBytes),
+      .codes = shared + Shape::kCodeOffset + first * Shape::kCodeBytes + block_row * kBlockBytes +
+               lane * 16,
+      .scales = shared + Shape::kScaleOffset + start * (Shape::kScaleRows * Shape::kRowBytes) +
+                (16 * block_row + lane / 4) * 2,
+      .full = Shape::Full(shared, start),
+      .releases = lane < Shape::kReleasingLanes,
+  };
+  const auto consume = [&] {
+    if constexpr (Shape::kFolds) {
+      if (run_shift == 1)
+        consumer.template RunFolded<2>(blocks);
+      else
+        consumer.template RunFolded<4>(blocks);
+    } else {
+      if (run_shift == 0)
+        consumer.template Run<1>(blocks);
+      else if (run_shift == 1)
+        consumer.template Run<2>(blocks);
+      else if constexpr (Shape::kBlocks == 2)
+        consumer.template Run<4>(blocks);
+    }
+    if constexpr (Shape::kSplitK > 1 && Shape::kMeetsLate) ptx::ClusterWait();  // S5
+  };
+  if constexpr (Shape::kFindsEarly) {
+    Finish finish(p, shared, rank, find_place());
+    finish.Keep();
+    consume();
+    finish(p, consumer.acc);
+  } else {
+    consume();
+    Finish(p, shared, rank, find_place())(p, consumer.acc);  // registers are free again
+  }
+}
+
 // The work of a CTA: rows n0 .. of the expert's weight times tokens m0 .. , which `find` tells it.
 template <typename T, typename Shape, typename Find>
 __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParams& p, int expert,
@@ -476,7 +521,6 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
   static_assert(Shape::kCtasPerSm > 0, "too much shared memory");
   extern __shared__ __align__(1024) char storage[];
   const uint32_t shared = ptx::SharedAddress(storage);
-  const int lane = threadIdx.x % 32;
   // The shuffle tells the compiler that a warp's threads agree on their role.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int rank = blockIdx.x % Shape::kSplitK;
@@ -486,8 +530,7 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
   const uint32_t chunks = (blocks_k + Shape::kBlocks - 1) / Shape::kBlocks;  // less than 2^24
   const int begin = Shape::kDeals ? 0 : static_cast<int>(chunks * rank / Shape::kSplitK);
   const int end = static_cast<int>(Shape::kDeals ? chunks : chunks * (rank + 1) / Shape::kSplitK);
-  constexpr int kMaxShift = Shape::kBlocks == 2 ? 2 : 1;
-  const int run_shift = min(p.run_shift, kMaxShift);
+  const int run_shift = min(p.run_shift, Shape::kBlocks == 2 ? 2 : 1);
 
   const auto find_rows = [&](int* n0, int* m0) {
     find(n0, m0);
@@ -549,74 +592,30 @@ __device__ __forceinline__ void GemmTile(const WgmmaMaps& maps, const WgmmaParam
   }
   const int blocks = min(end * Shape::kBlocks, static_cast<int>(blocks_k)) -
                      min(begin * Shape::kBlocks, static_cast<int>(blocks_k));
-  // Of a consumer that takes every kStride-th stage from `start` on, and then finishes its sums.
-  const auto run = [&]<int kStride, typename Finish>(int start, int finish_rank,
-                                                     const auto& find_place) {
-    const int block_row = warp - (Shape::kTeams > 1 ? start * kTeamWarps : 0);
-    const int first = start * Shape::kBlocks;
-    Consumer<T, Shape, kStride> consumer{
-        .start = start,
-        .x = ptx::DescriptorSwizzle128(shared + Shape::kXOffset + first * Shape::kXBytes),
-        .codes = shared + Shape::kCodeOffset + first * Shape::kCodeBytes + block_row * kBlockBytes +
-                 lane * 16,
-        .scales = shared + Shape::kScaleOffset + start * (Shape::kScaleRows * Shape::kRowBytes) +
-                  (16 * block_row + lane / 4) * 2,
-        .full = Shape::Full(shared, start),
-        .releases = lane < Shape::kReleasingLanes,
-    };
-    const auto consume = [&] {
-      if constexpr (Shape::kFolds) {
-        if (run_shift == 1)
-          consumer.template RunFolded<2>(blocks);
-        else
-          consumer.template RunFolded<4>(blocks);
-      } else {
-        if (run_shift == 0)
-          consumer.template Run<1>(blocks);
-        else if (run_shift == 1)
-          consumer.template Run<2>(blocks);
-        else if constexpr (kMaxShift == 2)
-          consumer.template Run<4>(blocks);
-      }
-      if constexpr (Shape::kSplitK > 1 && Shape::kMeetsLate) ptx::ClusterWait();  // S5
-    };
-    if constexpr (Shape::kFindsEarly) {
-      Finish finish(p, shared, finish_rank, find_place());
-      finish.Keep();
-      consume();
-      finish(p, consumer.acc);
-    } else {
-      consume();
-      Finish(p, shared, finish_rank, find_place())(p, consumer.acc);  // registers are free again
-    }
-  };
-  if constexpr (Shape::kDeals) {
-    const auto find_place = [&] {
-      Place place{.thread = static_cast<int>(threadIdx.x), .team = 0};
+  // Where the sums of a team, or of a warpgroup, are whose first warp and row these are.
+  const auto place_at = [&](int team, int first_warp, int first_row) {
+    return [=, &find_rows] {
+      Place place{.thread = static_cast<int>(threadIdx.x) - 32 * first_warp, .team = team};
       find_rows(&place.n0, &place.m0);
+      place.n0 += first_row;
       return place;
     };
+  };
+  if constexpr (Shape::kDeals) {
     const int shared_group = rank == 0 ? Shape::kOwnRows / 64 : 0;
-    if (warp / 4 == shared_group) {
-      run.template operator()<2, FinishFragments<T, Shape>>(rank, rank, [&] {
-        Place place = find_place();
-        place.thread -= 128 * shared_group;
-        place.n0 += 64 * shared_group;
-        return place;
-      });
-    } else {
-      run.template operator()<1, FinishFragments<T, OwnRows<Shape>>>(0, 0, find_place);
-    }
+    if (warp / 4 == shared_group)
+      ConsumeStages<T, Shape, 2, FinishFragments<T, Shape>>(
+          p, shared, rank, warp, blocks, run_shift, rank,
+          place_at(0, 4 * shared_group, 64 * shared_group));
+    else
+      ConsumeStages<T, Shape, 1, FinishFragments<T, OwnRows<Shape>>>(
+          p, shared, 0, warp, blocks, run_shift, 0, place_at(0, 0, 0));
   } else {
     constexpr bool kHasAllSums = Shape::kSplitK == 1 && Shape::kTeams == 1;
     using Finish = std::conditional_t<kHasAllSums, FinishRows<T, Shape>, FinishFragments<T, Shape>>;
-    const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps;
-    run.template operator()<Shape::kTeams, Finish>(team, rank, [&] {
-      Place place{.thread = static_cast<int>(threadIdx.x) - team * Shape::kTeamThreads,
-                  .team = team};
-      find_rows(&place.n0, &place.m0);
-      return place;
-    });
+    const int team = Shape::kTeams == 1 ? 0 : warp / kTeamWarps, first_warp = team * kTeamWarps;
+    ConsumeStages<T, Shape, Shape::kTeams, Finish>(p, shared, team, warp - first_warp, blocks,
+                                                   run_shift, rank, place_at(team, first_warp, 0));
   }
 }
 

@@ -343,6 +343,9 @@ __device__ inline uint64_t DescriptorSwizzle128(uint32_t shared) {
   W4A16_R32                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39" \
   ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define W4A16_R52 \
+  W4A16_R48       \
+  ", %48, %49, %50, %51"
 #define W4A16_R64                            \
   W4A16_R48                                  \
   ", %48, %49, %50, %51, %52, %53, %54, %55" \
@@ -382,14 +385,16 @@ template <typename T, int kN>
 __device__ inline void Wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
                              int accumulate = 1) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kN == 16 || kN == 24 || kN == 32 || kN == 48 || kN == 64 || kN == 96 || kN == 128 ||
-                kN == 192 || kN == 256);
+  static_assert(kN == 16 || kN == 24 || kN == 32 || kN == 48 || kN == 64 || kN == 96 || kN == 104 ||
+                kN == 128 || kN == 192 || kN == 256);
   W4A16_WGMMA_CASE(16, W4A16_R8, 8, 9, 10, 11, 12, 13, W4A16_ACC8(0));
   W4A16_WGMMA_CASE(24, W4A16_R12, 12, 13, 14, 15, 16, 17, W4A16_ACC8(0), W4A16_ACC4(8));
   W4A16_WGMMA_CASE(32, W4A16_R16, 16, 17, 18, 19, 20, 21, W4A16_ACC16(0));
   W4A16_WGMMA_CASE(48, W4A16_R24, 24, 25, 26, 27, 28, 29, W4A16_ACC16(0), W4A16_ACC8(16));
   W4A16_WGMMA_CASE(64, W4A16_R32, 32, 33, 34, 35, 36, 37, W4A16_ACC32(0));
   W4A16_WGMMA_CASE(96, W4A16_R48, 48, 49, 50, 51, 52, 53, W4A16_ACC32(0), W4A16_ACC16(32));
+  W4A16_WGMMA_CASE(104, W4A16_R52, 52, 53, 54, 55, 56, 57, W4A16_ACC32(0), W4A16_ACC16(32),
+                   W4A16_ACC4(48));
   W4A16_WGMMA_CASE(128, W4A16_R64, 64, 65, 66, 67, 68, 69, W4A16_ACC64(0));
   W4A16_WGMMA_CASE(192, W4A16_R96, 96, 97, 98, 99, 100, 101, W4A16_ACC64(0), W4A16_ACC32(64));
   W4A16_WGMMA_CASE(256, W4A16_R128, 128, 129, 130, 131, 132, 133, W4A16_ACC64(0), W4A16_ACC64(64));
@@ -406,6 +411,7 @@ __device__ inline void Wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
 #undef W4A16_R24
 #undef W4A16_R32
 #undef W4A16_R48
+#undef W4A16_R52
 #undef W4A16_R64
 #undef W4A16_R96
 #undef W4A16_R128

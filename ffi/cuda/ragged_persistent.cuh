@@ -48,7 +48,7 @@ struct RaggedUnits {
     const int tiles_m = own.tiles - before.tiles, inside = index - before.tiles * e.tiles_n;
     return {.n0 = inside / tiles_m * Shape::kTileN,
             .m0 = static_cast<int>(before.rows) + inside % tiles_m * Shape::kTileM,
-            .shift = 0,
+            .tokens = Shape::kTileM,
             .rows = Shape::kTileN,
             .end = static_cast<int>(own.rows),
             .expert = expert};
