@@ -11,8 +11,6 @@ namespace {
 
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
-constexpr double kLeastUs = 2.2, kLeastLoop = 0.85;
-
 // Predicted time of `config` in microseconds: start + max(load, fill) * steps * step + waves *
 // tile. A step is one block of 64 codes of K; waves is the most CTAs that any SM runs, one after
 // another or at once, and load is the same, but where decode has fewer CTAs than there are SMs the
@@ -23,10 +21,12 @@ constexpr double kLeastUs = 2.2, kLeastLoop = 0.85;
 // (gemm_persistent.h). Stream-K shares the tiles out evenly, and pays for the sums it cuts. Costs
 // fitted where there are many steps may have next to nothing of what a product takes beside them,
 // which counts where there are few: 2.2 us at least, if steps are left 85% of their cost (47
-// products of K = 512 to 1536, H200: the choice takes 2.4% longer than the best line, 6.5 without).
+// products of K = 512 to 1536, H200: by the costs of before the choice took 2.4% longer than the
+// best line, and 6.5 without this).
 // The costs lie beside each line of configs.inc, with where they were measured;
 // benchmarks/fit_costs.py has the twin of this.
 double PredictedUs(const Problem& p, const Device& device, const Config& config) {
+  constexpr double kLeastUs = 2.2, kLeastLoop = 0.85;
   const int64_t tiles = RoundUp(CeilDiv(p.n, config.tile_n), config.cluster_n) *
                         RoundUp(CeilDiv(p.m, config.tile_m), config.cluster_m);
   const int64_t steps = CeilDiv(BlocksK(p.k), config.split_k);

@@ -257,6 +257,34 @@ def test_every_config_against_the_oracle():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "n"),
+    [
+        (40, 17000),
+        (130, 9000),
+        (130, 26000),
+        (200, 26000),
+        (256, 6000),
+        (256, 23000),
+        (256, 29000),
+        (700, 11000),
+    ],
+)
+def test_the_last_waves_of_the_persistent_kernel(m, n):
+    """Whole tiles, parts of them of every kind, and both, where there are 132 SMs (gemm_persistent.h)."""
+    from conftest import device_of
+
+    names = [name for name in _ffi.build_info()["configs"] if name.startswith("persistent")]
+    case = oracle.Case(m, 192, n, 64, seed=m + n)
+    ops = oracle.operands(case)
+    with jax.default_device(device_of("cuda")):
+        arrays = [jnp.asarray(a) for a in (ops.x, ops.qweight, ops.scales)]
+        for name in names:
+            got = _primitive.dot(*arrays, group_size=64, implementation="cuda", config=name)
+            oracle.check_close(case, ops, jax.device_get(got))
+
+
+@pytest.mark.gpu
 def test_tokens_that_end_within_a_tile():
     """The last tile begins earlier then: its tokens are those of whole tiles, to the bit."""
     from conftest import device_of
