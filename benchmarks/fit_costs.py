@@ -56,17 +56,18 @@ def terms(config: dict, fill: float, n: int, k: int, m: int, experts: int = 0) -
     tiles_m = ceil_div(ceil_div(m, config["tile_m"]), config["cluster_m"]) * config["cluster_m"]
     tiles = tiles_n * tiles_m
     steps = ceil_div(ceil_div(k, BLOCK_K), config["split_k"])
+    sms = SMS * 10 // 11 if config["family"] == "decode" and config["split_k"] == 4 else SMS
     if "StreamK" in config["name"] and tiles % SMS and steps > 8:
         share = max(0.5, tiles / SMS)
         return np.array([1, share * steps, share + 1])
     if config["family"] == "persistent":
         waves = persistent_waves(config, n, m)
     else:
-        waves = ceil_div(tiles * config["split_k"], SMS)
+        waves = ceil_div(tiles * config["split_k"], sms)
         if waves > config["resident"]:
             waves = ceil_div(waves, config["resident"]) * config["resident"]
     ctas = tiles * config["split_k"]
-    load = ctas / SMS if config["family"] == "decode" and ctas < SMS else waves
+    load = ctas / sms if config["family"] == "decode" and ctas < sms else waves
     return np.array([1, max(load, fill) * steps, waves])
 
 

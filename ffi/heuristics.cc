@@ -30,7 +30,11 @@ double PredictedUs(const Problem& p, const Device& device, const Config& config)
   const int64_t tiles = RoundUp(CeilDiv(p.n, config.tile_n), config.cluster_n) *
                         RoundUp(CeilDiv(p.m, config.tile_m), config.cluster_m);
   const int64_t steps = CeilDiv(BlocksK(p.k), config.split_k);
-  const int64_t sms = device.num_sms > 0 ? device.num_sms : 1;
+  const int64_t all_sms = device.num_sms > 0 ? device.num_sms : 1;
+  // Few clusters of four fit where an SM runs one CTA at a time: 30 on an H200, 33 at most.
+  const int64_t sms = config.family == Family::kDecode && config.split_k == 4
+                          ? std::max<int64_t>(all_sms * 10 / 11, 1)
+                          : all_sms;
   constexpr int64_t kMinStreamKSteps = 8;  // CUTLASS cuts nothing shorter
   if (config.scheduler == Scheduler::kStreamK && tiles % sms != 0 && steps > kMinStreamKSteps) {
     // The parts of a tile are added one after the other. Below half a tile each, that takes longer
