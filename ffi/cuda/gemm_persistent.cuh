@@ -20,7 +20,8 @@
 //   A cluster is kCluster CTAs along N of the same tokens: each loads its share of the x tile for
 //   all of them, which spares L2 and power; a large product runs at the power limit.
 //
-//   A stage holds one packed block along K (64 codes) of a whole tile, or two of a part:
+//   A stage holds one packed block along K (64 codes), or two of a part of at most half a tile's
+//   tokens:
 //     x       128 bytes a token, swizzled             tensor copies, zero-filled
 //     codes   kTileN / 16 packed blocks of 512 bytes  bulk copy
 //     scales  kTileN values of the block's group      bulk copy
@@ -76,9 +77,10 @@ struct PersistentParams {
   int m, n, k;
   int x_rows, x_part_rows;  // of a CTA's box of x
   int blocks_per_group;
-  Panels panels;                                                  // of whole units
-  Divisor tail_m;                                                 // parts along M of a column
-  int whole_columns, whole_units, units, tail_tokens, tail_rows;  // gemm_persistent.h
+  Panels panels;  // of whole units
+  // Of the last waves, the first: parts of a column along M (gemm_persistent.h).
+  Divisor tail_m;
+  int whole_columns, whole_units, units, tail_tokens, tail_rows;
   uint64_t x_policy, weight_policy;
   float alpha;
   bool out_is_f32;

@@ -31,7 +31,7 @@ inline constexpr size_t kNumTailTokens = std::size(kTailTokens);
 // Only the largest tiles are cut along M.
 constexpr bool CutsTokens(int tile_n, int tile_m) { return tile_n == 128 && tile_m == 256; }
 
-// Whether each CTA of a cluster can bring an equal share of them, in eights.
+// Whether each CTA of a cluster can bring an equal share of them, a multiple of eight.
 W4A16_HD constexpr bool ClusterShares(int tokens, int cluster) {
   return tokens % (8 * cluster) == 0;
 }
