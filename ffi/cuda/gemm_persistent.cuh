@@ -77,10 +77,9 @@ struct PersistentParams {
   int m, n, k;
   int x_rows, x_part_rows;  // of a CTA's box of x
   int blocks_per_group;
-  Panels panels;  // of whole units
-  // Of the last waves, the first: parts of a column along M (gemm_persistent.h).
-  Divisor tail_m;
-  int whole_columns, whole_units, units, tail_tokens, tail_rows;
+  Panels panels;   // of whole units
+  Divisor tail_m;  // units of the last waves to a column
+  int whole_columns, whole_units, units, tail_tokens, tail_rows;  // PersistentSchedule
   uint64_t x_policy, weight_policy;
   float alpha;
   bool out_is_f32;
