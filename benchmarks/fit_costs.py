@@ -48,7 +48,7 @@ FILLS = (0.65, 0.8, 1, 1.15, 1.5, 2, 2.4)  # persistent kernels: 0, for their wa
 
 
 def terms(config: dict, fill: float, n: int, k: int, m: int, experts: int = 0) -> np.ndarray:
-    """What start, step and tile are multiplied by: the twin of heuristics.cc."""
+    """What start, step and tile are multiplied by, in groups of 128: the twin of heuristics.cc."""
     if experts:
         tiles = expected_tiles(m, experts, config["tile_m"]) * ceil_div(n, config["tile_n"]) / SMS
         return np.array([1, tiles * ceil_div(k, BLOCK_K), tiles])

@@ -12,7 +12,7 @@ namespace {
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
 // What groups of 32 make of a step's cost, which was fitted in groups of 128: decode applies a
-// scale to half as many products, and wgmma does not scale sums, which in float16 is slower. Over
+// scale to a quarter as many products, wgmma does not scale sums, which in float16 is slower. Over
 // benchmarks/results/h200_groups.json the choice then takes 0.4% longer than the best line instead
 // of 0.8; in bfloat16, groups of 32 and M = 16, 0.2% instead of 4.1.
 double GroupFactor(const Problem& p, const Config& config) {
@@ -32,9 +32,8 @@ double GroupFactor(const Problem& p, const Config& config) {
 // fitted where there are many steps may have next to nothing of what a product takes beside them,
 // which counts where there are few: 2.2 us at least, if steps are left 85% of their cost (47
 // products of K = 512 to 1536, H200: by the costs of before the choice took 2.4% longer than the
-// best line, and 6.5 without this).
-// The costs lie beside each line of configs.inc, with where they were measured;
-// benchmarks/fit_costs.py has the twin of this.
+// best line, and 6.5 without this). The costs lie beside each line of configs.inc, with where they
+// were measured; benchmarks/fit_costs.py has the twin of this.
 double PredictedUs(const Problem& p, const Device& device, const Config& config) {
   constexpr double kLeastUs = 2.2, kLeastLoop = 0.85;
   const int64_t tiles = RoundUp(CeilDiv(p.n, config.tile_n), config.cluster_n) *
