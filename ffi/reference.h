@@ -49,7 +49,8 @@ struct HostArray {
 };
 
 // The operands of `problem`, drawn from `seed`: x and bias standard normal, scales in [0.5, 1.5] /
-// 8 with either sign, integer zeros (or multiples of 1/16, where `fractional_zeros`).
+// 8 with either sign, integer zeros (or multiples of 1/16, where `fractional_zeros`). Of a third of
+// the groups all scales, and of another half of them, are 1/16 of that: kernels tell small ones.
 struct HostCase {
   Problem problem;
   float alpha = 1.0f;
@@ -70,8 +71,11 @@ struct HostCase {
     std::normal_distribution<float> normal;
     std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
     for (int64_t i = 0; i < x.size(); ++i) x.Set(i, normal(random));
-    for (int64_t i = 0; i < scales.size(); ++i)
-      scales.Set(i, uniform(random) / 8 * ((random() & 1) ? 1 : -1));
+    for (int64_t i = 0; i < scales.size(); ++i) {
+      const uint64_t kind = (static_cast<uint64_t>(i / p.n) + seed) % 3;
+      const bool is_small = kind == 1 || (kind == 2 && random() % 2 == 0);
+      scales.Set(i, uniform(random) / (is_small ? 128 : 8) * ((random() & 1) ? 1 : -1));
+    }
     for (int64_t i = 0; i < zeros.size(); ++i)
       zeros.Set(i, fractional_zeros ? static_cast<float>(random() % 241) / 16
                                     : static_cast<float>(random() % 16));

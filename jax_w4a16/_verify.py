@@ -181,6 +181,9 @@ def _weight(case: Case, oracle: str) -> _Weight:
     codes = rng.integers(0, 16, (case.k, case.n))
     groups = -(-case.k // case.group), case.n
     scales = rng.choice((-1, 1), groups) * np.exp2(rng.integers(-3, 1, groups))
+    # None of a group's scales are small, or all, or some: kernels tell these apart.
+    small = rng.random(groups) < rng.choice([0.0, 0.5, 1.0], (groups[0], 1))
+    scales = np.where(small, scales / 64, scales)
     zeros = rng.integers(0, 16, groups).astype(np.float64)
     bias = rng.integers(-8, 9, case.n).astype(np.float64)
     if oracle == "one-hot":

@@ -89,13 +89,19 @@ def dequantize(codes, scales, zeros, group: int) -> np.ndarray:
     return (codes.astype(np.float64) - zero) * per_row(scales)
 
 
+def small_scales(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Which scales [groups, N] are to be small: none of a group, all, or some: kernels tell these apart."""
+    return rng.random(shape) < rng.choice([0.0, 0.5, 1.0], (shape[0], 1))
+
+
 def operands(case: Case) -> Operands:
-    """Standard normal x and bias, scales of about 1/8 and either sign, random codes in the padding too."""
+    """Standard normal x and bias, scales of 1/8 or 1/128, roughly, random codes in the padding too."""
     rng = np.random.default_rng([case.seed, case.m, case.k, case.n])
     dtype = dtype_of(case.dtype)
     codes = rng.integers(0, 16, (case.k, case.n), dtype=np.uint8)
     shape = (case.num_groups, case.n)
-    scales = (rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape) / 8).astype(dtype)
+    scales = rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape) / 8
+    scales = np.where(small_scales(rng, shape), scales / 16, scales).astype(dtype)
     zeros = None
     if case.zeros != "none":
         zeros = rng.integers(0, 16, shape) + (
@@ -149,7 +155,9 @@ def exact_grid(case: Case) -> Operands:
     ops = operands(case)
     dtype = dtype_of(case.dtype)
     ops.x = rng.integers(-2, 3, ops.x.shape).astype(dtype)
-    ops.scales = np.exp2(rng.integers(-3, 2, ops.scales.shape)).astype(dtype)
+    shape = ops.scales.shape
+    exponents = np.where(small_scales(rng, shape), rng.integers(-8, -5, shape), rng.integers(-3, 2, shape))
+    ops.scales = np.exp2(exponents).astype(dtype)
     if ops.zeros is not None:
         ops.zeros = rng.integers(0, 16, ops.zeros.shape).astype(dtype)
     if ops.bias is not None:

@@ -108,10 +108,10 @@ struct Dequantizer<__half> {
   static constexpr uint16_t kMinusEightUnits = 0xa400;  // -8 / kUnit
   // -(8 + 8 * 16) and -8 * 16 over kUnit.
   __device__ static constexpr uint16_t MinusBytes(int r) { return r == 0 ? 0xb440 : 0xb400; }
-  // A scale times this takes a difference to 1/4 of the weight: finite for scales below 512, and
-  // rounded no further than the weight would be from 2^-12 on; to multiples of 2^-22 below.
-  static constexpr float kScaleUnit = 0x1p7f;
-  static constexpr uint16_t kScaleUnits = 0x5800;
+  // A scale times this takes a difference to 1/8 of the weight: finite for scales below 1024, and
+  // rounded no further than the weight would be from 2^-11 on; to multiples of 2^-21 below.
+  static constexpr float kScaleUnit = 0x1p6f;
+  static constexpr uint16_t kScaleUnits = 0x5400;
   // From CodeBits of row half r to code / kUnit.
   __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x7800 : 0x6800; }
 };
@@ -185,52 +185,80 @@ struct Pair<__nv_bfloat16> {
 };
 
 // Makes A of codes: T((code - zero) * scale), or T(code - zero) unless kScale, over kUnit.
-template <typename T, bool kHasZeros, bool kScale>
+//
+// Without zeros one fma makes a weight of its code's bits, in float16 if the scale is below 2^-5,
+// as those of most models are. Where a lane of the warp has a larger one, codes become units first
+// and are then scaled, as with zeros: the weights are the same. kTellsScales: whether to tell the
+// two cases apart, which takes a branch and registers for it, or to take all for the second.
+template <typename T, bool kHasZeros, bool kScale, bool kTellsScales = true>
 struct WeightMaker {
   using T2 = typename Pair<T>::Type;
   using D = Dequantizer<T>;
 
-  // Whether one fma makes T((code - zero) * scale) of a code's bits.
-  static constexpr bool kByOneFma = !std::is_same_v<T, __half> && !kHasZeros;
+  static constexpr bool kIsF16 = std::is_same_v<T, __half>;
+  static constexpr bool kTells = kIsF16 && !kHasZeros && kScale && kTellsScales;
+  static constexpr bool kByOneFma = kScale && !kHasZeros && (!kIsF16 || kTells);
 
-  // By one fma of a code's bits where that is exact: a float16 scale without zeros would have to be
-  // below 2^-8 for it.
-  static constexpr bool kFromBits = !std::is_same_v<T, __half> || kHasZeros;
-  static constexpr float kUnit =
-      !kFromBits ? 1.0f : D::kUnit / (kScale && kHasZeros ? D::kScaleUnit : 1.0f);
+  // Differences from 8 alone are float16 in fewer instructions.
+  static constexpr bool kFromBits = !kIsF16 || kHasZeros || kScale;
+  static constexpr float kUnit = !kFromBits ? 1.0f : D::kUnit / (kScale ? D::kScaleUnit : 1.0f);
 
-  // Scales, and zeros, of the rows of registers 0 and 2, and of 1 and 3.
+  // A weight is bits * times + plus, and that times `scale` if kScale, but not kByOneFma, or if
+  // `scales_last`. Pairs are of the rows of registers 0 and 2, and of 1 and 3.
   struct Factors {
-    uint16_t scale[2], zero[2];
+    T2 times, plus, scale;
+    bool scales_last;  // set if kTells
   };
 
-  __device__ static inline T2 Splat(uint16_t bits) {
-    const T value = reinterpret_cast<const T&>(bits);
-    return T2(value, value);
+  __device__ static inline T2 Both(uint16_t low, uint16_t high) {
+    return T2(reinterpret_cast<const T&>(low), reinterpret_cast<const T&>(high));
   }
 
-  __device__ static inline void Make(uint32_t word, const Factors& f, uint32_t (&to)[4]) {
-    if constexpr (kFromBits)
-      CodeBits(word, to);
-    else
-      D::Exact(word, to);
+  // The whole warp calls it.
+  __device__ static inline Factors Prepare(T2 scale, T2 zero) {
+    Factors f;
+    f.times = Both(D::BitsToUnits(0), D::BitsToUnits(1));
+    f.plus = kHasZeros ? __hmul2(zero, Both(D::kMinusUnit, D::kMinusUnit))
+                       : Both(D::kMinusEightUnits, D::kMinusEightUnits);
+    f.scale = kScale && D::kScaleUnit != 1.0f ? __hmul2(scale, Both(D::kScaleUnits, D::kScaleUnits))
+                                              : scale;
+    if constexpr (kTells) {
+      constexpr uint16_t kLarge = 0x2800;  // 2^-5
+      f.scales_last = !__all_sync(0xffffffff, __hblt2(__habs2(scale), Both(kLarge, kLarge)));
+    }
+    if (kByOneFma && !(kTells && f.scales_last)) {
+      f.times = __hmul2(f.times, f.scale);
+      f.plus = __hmul2(f.plus, f.scale);
+    }
+    return f;
+  }
+
+  // A of a word for each k16 step.
+  template <int kSteps>
+  __device__ static inline void Make(const uint32_t* words, const Factors& f,
+                                     uint32_t (&to)[kSteps][4]) {
+    const auto of_row = [](T2 pair, int r) {
+      return r == 0 ? T2(pair.x, pair.x) : T2(pair.y, pair.y);
+    };
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i & 1;
-      T2 value = reinterpret_cast<const T2&>(to[i]);
-      if constexpr (kScale && kByOneFma) {
-        value = __hfma2(value, __hmul2(Splat(f.scale[r]), Splat(D::BitsToUnits(r))),
-                        __hmul2(Splat(f.scale[r]), Splat(D::kMinusEightUnits)));
-      } else if constexpr (kFromBits) {
-        value = __hfma2(value, Splat(D::BitsToUnits(r)),
-                        kHasZeros ? __hmul2(Splat(f.zero[r]), Splat(D::kMinusUnit))
-                                  : Splat(D::kMinusEightUnits));
+    for (int i = 0; i < kSteps; ++i) {
+      if constexpr (kFromBits) {
+        CodeBits(words[i], to[i]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          T2& value = reinterpret_cast<T2&>(to[i][j]);
+          value = __hfma2(value, of_row(f.times, j % 2), of_row(f.plus, j % 2));
+        }
+      } else {
+        D::Exact(words[i], to[i]);
       }
-      if constexpr (kScale && kHasZeros && D::kScaleUnit != 1.0f)
-        value = __hmul2(value, __hmul2(Splat(f.scale[r]), Splat(D::kScaleUnits)));
-      else if constexpr (kScale && (!kFromBits || kHasZeros))
-        value = __hmul2(value, Splat(f.scale[r]));
-      to[i] = reinterpret_cast<const uint32_t&>(value);
+    }
+    if (kScale && (kTells ? f.scales_last : !kByOneFma)) {
+#pragma unroll
+      for (int i = 0; i < 4 * kSteps; ++i) {
+        T2& value = reinterpret_cast<T2&>(to[i / 4][i % 4]);
+        value = __hmul2(value, of_row(f.scale, i % 2));
+      }
     }
   }
 };

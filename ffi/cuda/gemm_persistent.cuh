@@ -123,6 +123,8 @@ struct PersistentShape {
 #else
   static constexpr int kReleasingLanes = 1;
 #endif
+  static constexpr bool kTellsScales = true;  // WeightMaker
+
   static constexpr int kProducerRegisters = 40;
   static constexpr int kMostRegisters = kWarpgroups == 2 ? 232 : kMostRows == 1 ? 152 : 176;
   static constexpr int kLeastRegisters = kMostRows == kLeastRows ? kMostRegisters : 120;
@@ -283,7 +285,7 @@ __device__ inline void ProduceUnits(const PersistentMaps& maps, const Persistent
 // kSteps k16 steps of 64 rows.
 template <typename T, typename Shape>
 struct PersistentConsumer {
-  using Maker = WeightMaker<T, Shape::kHasZeros, true>;
+  using Maker = WeightMaker<T, Shape::kHasZeros, true, Shape::kTellsScales>;
   static constexpr int kSteps = Shape::kSteps, kPer = 4 / kSteps;  // parts of 64 rows
   // With two blocks of rows, codes are loaded before the wgmmas that hide their dequantisation, and
   // sums start from 0: the compiler would keep registers for values that were never set. With one,
@@ -313,21 +315,18 @@ struct PersistentConsumer {
     word[2] = words.z;
     word[3] = words.w;
     const uint32_t row = scales + place * Shape::kRowBytes + kRow * Shape::kWarpgroups * 128;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      factors.scale[r] = ptx::LoadShared16(row + 16 * r);
-      if constexpr (Shape::kHasZeros)
-        factors.zero[r] =
-            ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
-    }
+    const auto load = [&](uint32_t from) {
+      return Maker::Both(ptx::LoadShared16(from), ptx::LoadShared16(from + 16));
+    };
+    const auto scale = load(row);
+    factors = Maker::Prepare(
+        scale, Shape::kHasZeros ? load(row + (Shape::kZeroOffset - Shape::kScaleOffset)) : scale);
   }
 
   // Makes a[kBuffer] of the steps from kStep on of what was loaded.
   template <int kBuffer, int kStep>
   __device__ inline void Dequantize() {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      Maker::Make(word[kStep + step], factors, a[kBuffer][step]);
+    Maker::Make(word + kStep, factors, a[kBuffer]);
   }
 
   __device__ inline void Advance() {

@@ -135,9 +135,6 @@
 
 namespace w4a16 {
 
-template <typename T, bool kHasZeros>
-constexpr int kMostFoldedTokens = MostFoldedTokens(WeightMaker<T, kHasZeros, true>::kByOneFma);
-
 // What the host needs to launch an instantiation.
 struct WgmmaKernel {
   void (*kernel)(WgmmaMaps, WgmmaParams);
@@ -264,8 +261,9 @@ __device__ inline void ProduceStages(const WgmmaMaps& maps, const WgmmaParams& p
 // One consumer thread's way through the stages, of which it takes every kStride-th.
 template <typename T, typename Shape, int kStride>
 struct Consumer {
-  using Maker = WeightMaker<T, Shape::kHasZeros, !Shape::kFolds>;
+  using Maker = WeightMaker<T, Shape::kHasZeros, !Shape::kFolds, Shape::kTellsScales>;
   using Factors = typename Maker::Factors;
+  using T2 = typename Maker::T2;
   static constexpr int kBlocks = Shape::kBlocks, kTileM = Shape::kTileM;
   static constexpr int kBatch = Shape::kBatch, kBuffers = Shape::kBuffers;
 
@@ -281,15 +279,13 @@ struct Consumer {
   uint32_t a[kBuffers][kBatch][4];  // A fragments: a register set for each k16 step
 
   __device__ inline Factors LoadFactors(int slot, int part) {
-    Factors f;
     const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      f.scale[r] = ptx::LoadShared16(row + 16 * r);
-      if constexpr (Shape::kHasZeros)
-        f.zero[r] = ptx::LoadShared16(row + (Shape::kZeroOffset - Shape::kScaleOffset) + 16 * r);
-    }
-    return f;
+    const auto load = [&](uint32_t from) {
+      return Maker::Both(ptx::LoadShared16(from), ptx::LoadShared16(from + 16));
+    };
+    const T2 scale = load(row);
+    return Maker::Prepare(
+        scale, Shape::kHasZeros ? load(row + (Shape::kZeroOffset - Shape::kScaleOffset)) : scale);
   }
 
   // The lane's codes of a stage, a word for each k16 step.
@@ -317,11 +313,9 @@ struct Consumer {
   template <int kPart>
   __device__ inline void DequantizeBatch(int number, const Codes& c,
                                          const Factors (&f)[2 * kBlocks]) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int step = number * kBatch + i;
-      Maker::Make(c.word[step], f[step / 2 / kPart * kPart], a[number % kBuffers][i]);
-    }
+    static_assert(!Maker::kByOneFma || kBatch == 2);
+    const int step = number * kBatch;
+    Maker::Make(c.word + step, f[step / 2 / kPart * kPart], a[number % kBuffers]);
   }
 
   // Starts the wgmmas of batch `number`: sums (+)= x * A.
@@ -360,10 +354,7 @@ struct Consumer {
   // acc += scale * sums.
   __device__ inline void Fold(float (&sums)[kTileM / 2], const Factors& f) {
     ptx::Settle(sums);
-    float scale[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      scale[r] = static_cast<float>(reinterpret_cast<const T&>(f.scale[r]));
+    const float scale[2] = {static_cast<float>(f.scale.x), static_cast<float>(f.scale.y)};
 #pragma unroll
     for (int i = 0; i < kTileM / 2; ++i) acc[i] = fmaf(scale[i / 2 % 2], sums[i], acc[i]);
   }
@@ -649,7 +640,8 @@ WgmmaKernel FindWgmma(const Config& config) {
 #define W4A16_PERSISTENT(...)
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(N, M, STAGES, SPLIT, TEAMS, ...)                                           \
-  if constexpr (kFolds ? M <= kMostFoldedTokens<T, kHasZeros> : !AlwaysFolds(M)) {             \
+  if constexpr (kFolds ? M <= MostFoldedTokens(std::is_same_v<T, __half>, kHasZeros, TEAMS)    \
+                       : !AlwaysFolds(M)) {                                                    \
     if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&                 \
         config.split_k == SPLIT && config.teams == TEAMS) {                                    \
       using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, TEAMS>::Type; \

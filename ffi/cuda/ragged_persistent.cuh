@@ -21,6 +21,13 @@ struct RaggedPersistentKernel {
   int shared_bytes;
 };
 
+// Experts take registers: where three warpgroups share five blocks of rows, none are left to tell
+// large scales (WeightMaker).
+template <typename Shape>
+struct RaggedShape : Shape {
+  static constexpr bool kTellsScales = Shape::kWarpgroups == 2 || Shape::kMostRows == 1;
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 struct RaggedUnits {
@@ -93,8 +100,8 @@ RaggedPersistentKernel FindRaggedPersistent(const Config& config, bool has_zeros
 #define W4A16_PERSISTENT(...)
 #define W4A16_RAGGED_PERSISTENT(N, M, STAGES, ...)                                          \
   if (config.tile_n == N && config.tile_m == M && config.stages == STAGES) {                \
-    using Plain = PersistentShape<false, N, M, STAGES, 1>;                                  \
-    using Zeros = PersistentShape<true, N, M, STAGES, 1>;                                   \
+    using Plain = RaggedShape<PersistentShape<false, N, M, STAGES, 1>>;                     \
+    using Zeros = RaggedShape<PersistentShape<true, N, M, STAGES, 1>>;                      \
     static_assert(Zeros::kSharedBytes + kPersistentTableBytes <= Zeros::kSharedPerCta);     \
     return has_zeros ? RaggedPersistentKernel{RaggedPersistent<T, Zeros>, Zeros::kThreads,  \
                                               Zeros::kSharedBytes + kPersistentTableBytes}  \

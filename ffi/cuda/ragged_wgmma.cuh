@@ -46,7 +46,8 @@ RaggedWgmmaKernel FindRaggedWgmma(const Config& config) {
 #define W4A16_CUTLASS(...)
 #define W4A16_WGMMA(...)
 #define W4A16_RAGGED_WGMMA(N, M, STAGES, SPLIT, ...)                                        \
-  if constexpr (kFolds ? M <= kMostFoldedTokens<T, kHasZeros> : !AlwaysFolds(M)) {          \
+  if constexpr (kFolds ? M <= MostFoldedTokens(std::is_same_v<T, __half>, kHasZeros, 1)     \
+                       : !AlwaysFolds(M)) {                                                 \
     if (config.tile_n == N && config.tile_m == M && config.stages == STAGES &&              \
         config.split_k == SPLIT) {                                                          \
       using Shape = typename ShapeOfLine<kHasZeros, kFolds, N, M, STAGES, SPLIT, 1>::Type;  \

@@ -140,7 +140,12 @@ struct WgmmaShape {
   }
   static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 4);
   static constexpr int kRegisterCtas = kFolds ? kCtasPerSm : 1;
-  static constexpr bool kReallocate = LaunchRegisters(kRegisterCtas) < kRegisters;
+  // What a consumer needs that tells large scales from others (WeightMaker): with less, ptxas
+  // serialises wgmmas.
+  static constexpr int kTellingRegisters = kRegisters + 16;
+  static constexpr bool kReallocate = LaunchRegisters(kRegisterCtas) < kRegisters ||
+                                      (!kFolds && LaunchRegisters(1) < kTellingRegisters &&
+                                       ConsumerRegisters(1) >= kTellingRegisters);
   static constexpr int kConsumerRegisters = ConsumerRegisters(kRegisterCtas);
   // One warp starts copies of one kind faster than of all three. It pays (1 to 4%) where stages are
   // taken quickly: by teams, or of one block of not too many tokens.
@@ -155,6 +160,9 @@ struct WgmmaShape {
 
   // Whether too few registers are left to load the codes of a stage's blocks at once.
   static constexpr bool kLoadsLate = kHasZeros || (kRows == 256 && kTileM == 64);
+  static constexpr int kWarpsPerQuarter = (kCtasPerSm * kThreads / 32 + 3) / 4;
+  static constexpr bool kTellsScales =
+      (kReallocate ? kConsumerRegisters : 512 / kWarpsPerQuarter / 8 * 8) >= kTellingRegisters;
   // Whether registers are left for what a consumer needs after its last product: it finds it while
   // it waits for the first stage.
   static constexpr bool kFindsEarly =
