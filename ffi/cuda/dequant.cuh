@@ -187,9 +187,9 @@ struct Pair<__nv_bfloat16> {
 // Makes A of codes: T((code - zero) * scale), or T(code - zero) unless kScale, over kUnit.
 //
 // Without zeros one fma makes a weight of its code's bits, in float16 if the scale is below 2^-5,
-// as those of most models are. Where a lane of the warp has a larger one, codes become units first
-// and are then scaled, as with zeros: the weights are the same. kTellsScales: whether to tell the
-// two cases apart, which takes a branch and registers for it, or to take all for the second.
+// as those of most models are. Where some lane of a warp has a larger one, codes become units first
+// and are scaled then, as with zeros: the weights are the same. kTellsScales: whether to tell the
+// two cases apart, which takes a branch and registers, or to take all for the second.
 template <typename T, bool kHasZeros, bool kScale, bool kTellsScales = true>
 struct WeightMaker {
   using T2 = typename Pair<T>::Type;
@@ -207,58 +207,86 @@ struct WeightMaker {
   // `scales_last`. Pairs are of the rows of registers 0 and 2, and of 1 and 3.
   struct Factors {
     T2 times, plus, scale;
-    bool scales_last;  // set if kTells
+    bool scales_last;  // set if kTells: some lane of the warp has a large scale
   };
 
   __device__ static inline T2 Both(uint16_t low, uint16_t high) {
     return T2(reinterpret_cast<const T&>(low), reinterpret_cast<const T&>(high));
   }
 
+  // What makes units of bits, without zeros.
+  __device__ static inline T2 Units() { return Both(D::BitsToUnits(0), D::BitsToUnits(1)); }
+  __device__ static inline T2 MinusEight() {
+    return Both(D::kMinusEightUnits, D::kMinusEightUnits);
+  }
+
   // The whole warp calls it.
   __device__ static inline Factors Prepare(T2 scale, T2 zero) {
-    Factors f;
-    f.times = Both(D::BitsToUnits(0), D::BitsToUnits(1));
-    f.plus = kHasZeros ? __hmul2(zero, Both(D::kMinusUnit, D::kMinusUnit))
-                       : Both(D::kMinusEightUnits, D::kMinusEightUnits);
-    f.scale = kScale && D::kScaleUnit != 1.0f ? __hmul2(scale, Both(D::kScaleUnits, D::kScaleUnits))
-                                              : scale;
+    Factors f{Units(), MinusEight(), scale};
+    if constexpr (kHasZeros) f.plus = __hmul2(zero, Both(D::kMinusUnit, D::kMinusUnit));
+    if constexpr (kScale && D::kScaleUnit != 1.0f)
+      f.scale = __hmul2(scale, Both(D::kScaleUnits, D::kScaleUnits));
+    if constexpr (kByOneFma) {
+      f.times = __hmul2(f.times, f.scale);
+      f.plus = __hmul2(f.plus, f.scale);
+    }
     if constexpr (kTells) {
       constexpr uint16_t kLarge = 0x2800;  // 2^-5
       f.scales_last = !__all_sync(0xffffffff, __hblt2(__habs2(scale), Both(kLarge, kLarge)));
     }
-    if (kByOneFma && !(kTells && f.scales_last)) {
-      f.times = __hmul2(f.times, f.scale);
-      f.plus = __hmul2(f.plus, f.scale);
-    }
     return f;
   }
 
-  // A of a word for each k16 step.
+  // A of a word for each k16 step. is_first: of those that `f` is for. What a vote decides comes
+  // after what is made without it, so that nobody waits for it: 1.5% at 448 x 64.
   template <int kSteps>
-  __device__ static inline void Make(const uint32_t* words, const Factors& f,
+  __device__ static inline void Make(const uint32_t* words, bool is_first, Factors& f,
                                      uint32_t (&to)[kSteps][4]) {
-    const auto of_row = [](T2 pair, int r) {
-      return r == 0 ? T2(pair.x, pair.x) : T2(pair.y, pair.y);
-    };
+    if constexpr (!kFromBits) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if constexpr (kFromBits) {
-        CodeBits(words[i], to[i]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          T2& value = reinterpret_cast<T2&>(to[i][j]);
-          value = __hfma2(value, of_row(f.times, j % 2), of_row(f.plus, j % 2));
+      for (int i = 0; i < kSteps; ++i) D::Exact(words[i], to[i]);
+    } else {
+      FromBits(words, f, to);
+      if constexpr (kTells) {
+        if (f.scales_last) {
+          if (is_first) {
+            f.times = Units();
+            f.plus = MinusEight();
+            FromBits(words, f, to);
+          }
+          Scale(f.scale, to);
         }
-      } else {
-        D::Exact(words[i], to[i]);
+      } else if constexpr (kScale && !kByOneFma) {
+        Scale(f.scale, to);
       }
     }
-    if (kScale && (kTells ? f.scales_last : !kByOneFma)) {
+  }
+
+ private:
+  __device__ static inline T2 OfRow(T2 pair, int r) {
+    return r == 0 ? T2(pair.x, pair.x) : T2(pair.y, pair.y);
+  }
+
+  template <int kSteps>
+  __device__ static inline void FromBits(const uint32_t* words, const Factors& f,
+                                         uint32_t (&to)[kSteps][4]) {
 #pragma unroll
-      for (int i = 0; i < 4 * kSteps; ++i) {
-        T2& value = reinterpret_cast<T2&>(to[i / 4][i % 4]);
-        value = __hmul2(value, of_row(f.scale, i % 2));
+    for (int i = 0; i < kSteps; ++i) {
+      CodeBits(words[i], to[i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        T2& value = reinterpret_cast<T2&>(to[i][j]);
+        value = __hfma2(value, OfRow(f.times, j % 2), OfRow(f.plus, j % 2));
       }
+    }
+  }
+
+  template <int kSteps>
+  __device__ static inline void Scale(T2 scale, uint32_t (&to)[kSteps][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kSteps; ++i) {
+      T2& value = reinterpret_cast<T2&>(to[i / 4][i % 4]);
+      value = __hmul2(value, OfRow(scale, i % 2));
     }
   }
 };

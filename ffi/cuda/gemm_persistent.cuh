@@ -326,7 +326,7 @@ struct PersistentConsumer {
   // Makes a[kBuffer] of the steps from kStep on of what was loaded.
   template <int kBuffer, int kStep>
   __device__ inline void Dequantize() {
-    Maker::Make(word + kStep, factors, a[kBuffer]);
+    Maker::Make(word + kStep, kStep == 0, factors, a[kBuffer]);
   }
 
   __device__ inline void Advance() {

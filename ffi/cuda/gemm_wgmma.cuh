@@ -311,11 +311,11 @@ struct Consumer {
   // Dequantises batch `number` of a stage into its buffer, which must be free. Every
   // kPart halves of blocks share factors, those of the first of them.
   template <int kPart>
-  __device__ inline void DequantizeBatch(int number, const Codes& c,
-                                         const Factors (&f)[2 * kBlocks]) {
+  __device__ inline void DequantizeBatch(int number, const Codes& c, Factors (&f)[2 * kBlocks]) {
     static_assert(!Maker::kByOneFma || kBatch == 2);
     const int step = number * kBatch;
-    Maker::Make(c.word + step, f[step / 2 / kPart * kPart], a[number % kBuffers]);
+    Maker::Make(c.word + step, step % (2 * kPart) == 0, f[step / 2 / kPart * kPart],
+                a[number % kBuffers]);
   }
 
   // Starts the wgmmas of batch `number`: sums (+)= x * A.
