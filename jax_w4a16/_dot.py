@@ -36,8 +36,7 @@ def dot(
         bfloat16 ones below 2^63.
       qw: a QuantizedWeight, or packed codes, uint32 [ceil(K/64), ceil(N/16), 128].
       scales: [ceil(K/g), N] of x's type, where qw is an array. 16-bit scales also serve a float32 x; so do
-        zeros and bias. Hopper's kernels need bfloat16 scales below 2^35, and float16 ones with zeros
-        below 512.
+        zeros and bias. Hopper's kernels need bfloat16 scales below 2^35, and float16 ones below 1024.
       zeros: like scales, in units of codes; None means 8.
       group_size: g, where qw is an array; default: what K and the number of groups imply, which must then
         divide K. -1: one group per column.

@@ -48,7 +48,9 @@
 //   waits are one for two wgmmas, codes become numbers by 9 instructions for 8 codes, and whole
 //   rounds of stages are unrolled, so that what depends on the slot is part of the instructions.
 //   That left 54 a block in bfloat16, 69 of 80 in float16, 60 of 70 folded (32 tokens), and took 2
-//   to 7% off tiles of 16 to 48 tokens, 1 to 4% off those of 64 (eight sizes).
+//   to 7% off tiles of 16 to 48 tokens, 1 to 4% off those of 64 (eight sizes). Float16 weights by
+//   one fma take 58, and 5.4% less time at M = 64, 3.7% at 48 and 128, 3% at 96; where a warp has
+//   large scales they take 79 (by 75 it was 6% more time than by 69).
 //
 //   ptxas. It serialises wgmmas where sums are read after a wait in another iteration, or where one
 //   kernel holds both ways: hence a drain for every group, and kernels of their own. It finds too
@@ -87,10 +89,8 @@
 //   tiles of 96, 160 and 224 rows, which take as long as those of the next 64, be two warps of a
 //   warpgroup idle in turn or the last 32 rows left to mma.sync, which waits for others' wgmmas;
 //   split-K by four as two clusters of two, one of which gets the other's sums through memory,
-//   marked 16 bytes by 16 bytes (2 to 3 us); float16 weights by one fma, as bfloat16's, which needs
-//   each row's scales over a power of two that keeps them below 2^15: 5.8% less time at M = 64 were
-//   the power known, but 3% once each warp has read its rows' scales to find it, and at M = 32
-//   nothing.
+//   marked 16 bytes by 16 bytes (2 to 3 us); split-K by three or four in tiles of 64 x 64; one
+//   branch for a stage of large scales (WeightMaker), whose wgmmas ptxas then serialises.
 //
 // Preconditions (checked by)
 //   N % 8 == 0, K % 8 == 0, M, N, K > 0, sm_90                   CanImplement
