@@ -12,9 +12,10 @@ namespace {
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
 // What groups of 32 make of a step's cost, which was fitted in groups of 128: decode applies a
-// scale to a quarter as many products, wgmma does not scale sums, which in float16 is slower. Over
-// benchmarks/results/h200_groups.json the choice then takes 0.4% longer than the best line instead
-// of 0.8; in bfloat16, groups of 32 and M = 16, 0.2% instead of 4.1.
+// scale to a quarter as many products, wgmma finds factors of weights four times as often and does
+// not scale sums, which in float16 takes longer. Over benchmarks/results/h200_groups.json the
+// choice then takes 0.4% longer than the best line instead of 0.8; in bfloat16, groups of 32 and M
+// = 16, 0.2% instead of 4.1.
 double GroupFactor(const Problem& p, const Config& config) {
   if (p.group_size >= p.k || p.group_size % kBlockK == 0) return 1.0;
   if (config.family == Family::kDecode) return config.tile_m == 16 ? 1.25 : 1.0;

@@ -187,9 +187,9 @@ struct Pair<__nv_bfloat16> {
 // Makes A of codes: T((code - zero) * scale), or T(code - zero) unless kScale, over kUnit.
 //
 // Without zeros one fma makes a weight of its code's bits, in float16 if the scale is below 2^-5,
-// as those of most models are. Where some lane of a warp has a larger one, codes become units first
-// and are scaled then, as with zeros: the weights are the same. kTellsScales: whether to tell the
-// two cases apart, which takes a branch and registers, or to take all for the second.
+// that is, for weights up to 1/4. Where some lane of a warp has a larger one, codes become units
+// first and are scaled then, as with zeros: the weights are the same. kTellsScales: whether to tell
+// the two cases apart, which takes a branch and registers, or to take all for the second.
 template <typename T, bool kHasZeros, bool kScale, bool kTellsScales = true>
 struct WeightMaker {
   using T2 = typename Pair<T>::Type;
