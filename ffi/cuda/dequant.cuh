@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "../layout.h"
+#include "ptx.cuh"
 
 namespace w4a16 {
 
@@ -146,7 +147,6 @@ struct Dequantizer<__nv_bfloat16> {
   static constexpr uint16_t kMinusEightUnits = 0xad00;
   __device__ static constexpr uint16_t MinusBytes(int r) { return r == 0 ? 0xaf08 : 0xaf00; }
   static constexpr float kScaleUnit = 1.0f;
-  static constexpr uint16_t kScaleUnits = 0x3f80;
   __device__ static constexpr uint16_t BitsToUnits(int r) { return r == 0 ? 0x6e00 : 0x6c00; }
 };
 
@@ -210,20 +210,12 @@ struct WeightMaker {
     bool scales_last;  // set if kTells: some lane of the warp has a large scale
   };
 
-  __device__ static inline T2 Both(uint16_t low, uint16_t high) {
-    return T2(reinterpret_cast<const T&>(low), reinterpret_cast<const T&>(high));
-  }
-
-  // What makes units of bits, without zeros.
-  __device__ static inline T2 Units() { return Both(D::BitsToUnits(0), D::BitsToUnits(1)); }
-  __device__ static inline T2 MinusEight() {
-    return Both(D::kMinusEightUnits, D::kMinusEightUnits);
-  }
-
-  // The whole warp calls it.
-  __device__ static inline Factors Prepare(T2 scale, T2 zero) {
+  // Of a lane's rows, whose scales are in shared memory from `scales` on, and zeros, if any, from
+  // `zeros` on. The whole warp calls it.
+  __device__ static inline Factors Load(uint32_t scales, uint32_t zeros) {
+    const T2 scale = LoadRows(scales);
     Factors f{Units(), MinusEight(), scale};
-    if constexpr (kHasZeros) f.plus = __hmul2(zero, Both(D::kMinusUnit, D::kMinusUnit));
+    if constexpr (kHasZeros) f.plus = __hmul2(LoadRows(zeros), Both(D::kMinusUnit, D::kMinusUnit));
     if constexpr (kScale && D::kScaleUnit != 1.0f)
       f.scale = __hmul2(scale, Both(D::kScaleUnits, D::kScaleUnits));
     if constexpr (kByOneFma) {
@@ -263,6 +255,20 @@ struct WeightMaker {
   }
 
  private:
+  __device__ static inline T2 Both(uint16_t low, uint16_t high) {
+    return T2(reinterpret_cast<const T&>(low), reinterpret_cast<const T&>(high));
+  }
+
+  __device__ static inline T2 LoadRows(uint32_t first) {
+    return Both(LoadShared16(first), LoadShared16(first + 16));
+  }
+
+  // What makes units of bits, without zeros.
+  __device__ static inline T2 Units() { return Both(D::BitsToUnits(0), D::BitsToUnits(1)); }
+  __device__ static inline T2 MinusEight() {
+    return Both(D::kMinusEightUnits, D::kMinusEightUnits);
+  }
+
   __device__ static inline T2 OfRow(T2 pair, int r) {
     return r == 0 ? T2(pair.x, pair.x) : T2(pair.y, pair.y);
   }

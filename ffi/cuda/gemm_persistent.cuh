@@ -315,12 +315,7 @@ struct PersistentConsumer {
     word[2] = words.z;
     word[3] = words.w;
     const uint32_t row = scales + place * Shape::kRowBytes + kRow * Shape::kWarpgroups * 128;
-    const auto load = [&](uint32_t from) {
-      return Maker::Both(ptx::LoadShared16(from), ptx::LoadShared16(from + 16));
-    };
-    const auto scale = load(row);
-    factors = Maker::Prepare(
-        scale, Shape::kHasZeros ? load(row + (Shape::kZeroOffset - Shape::kScaleOffset)) : scale);
+    factors = Maker::Load(row, row + (Shape::kZeroOffset - Shape::kScaleOffset));
   }
 
   // Makes a[kBuffer] of the steps from kStep on of what was loaded.

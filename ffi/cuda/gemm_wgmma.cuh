@@ -263,7 +263,6 @@ template <typename T, typename Shape, int kStride>
 struct Consumer {
   using Maker = WeightMaker<T, Shape::kHasZeros, !Shape::kFolds, Shape::kTellsScales>;
   using Factors = typename Maker::Factors;
-  using T2 = typename Maker::T2;
   static constexpr int kBlocks = Shape::kBlocks, kTileM = Shape::kTileM;
   static constexpr int kBatch = Shape::kBatch, kBuffers = Shape::kBuffers;
 
@@ -280,12 +279,7 @@ struct Consumer {
 
   __device__ inline Factors LoadFactors(int slot, int part) {
     const uint32_t row = scales + (slot * Shape::kScaleRows + part) * Shape::kRowBytes;
-    const auto load = [&](uint32_t from) {
-      return Maker::Both(ptx::LoadShared16(from), ptx::LoadShared16(from + 16));
-    };
-    const T2 scale = load(row);
-    return Maker::Prepare(
-        scale, Shape::kHasZeros ? load(row + (Shape::kZeroOffset - Shape::kScaleOffset)) : scale);
+    return Maker::Load(row, row + (Shape::kZeroOffset - Shape::kScaleOffset));
   }
 
   // The lane's codes of a stage, a word for each k16 step.

@@ -15,7 +15,6 @@
 namespace w4a16::ptx {
 
 using w4a16::LoadShared128;
-using w4a16::LoadShared16;
 using w4a16::SharedAddress;
 
 __device__ inline void StoreShared(uint32_t shared, float a, float b, float c, float d) {

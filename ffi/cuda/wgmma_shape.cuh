@@ -140,8 +140,8 @@ struct WgmmaShape {
   }
   static constexpr int kCtasPerSm = MostCtas(kFolds ? 6 : 4);
   static constexpr int kRegisterCtas = kFolds ? kCtasPerSm : 1;
-  // What a consumer needs that tells large scales from others (WeightMaker): with less, ptxas
-  // serialises wgmmas.
+  // What a consumer needs to tell large scales from others (WeightMaker), which it does where it
+  // has as many: with less, ptxas serialises wgmmas.
   static constexpr int kTellingRegisters = kRegisters + 16;
   static constexpr bool kReallocate = LaunchRegisters(kRegisterCtas) < kRegisters ||
                                       (!kFolds && LaunchRegisters(1) < kTellingRegisters &&
